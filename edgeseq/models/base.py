@@ -1,0 +1,160 @@
+"""What every family shares: the model protocol, the family record, random weights.
+
+A family file `edgeseq/models/<family>.py` holds its glossary, config, module, state slots, checkpoint map and ends in
+one constant `FAMILY`. Nothing here knows a family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgeseq.errors import SourceError
+from edgeseq.spec import StateSlot, StepSignature, TensorSpec
+
+Growth = Literal["constant", "window", "linear"]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class SequenceModel(nn.Module):
+    """A causal token model in three forms that agree: whole sequence, chunk of T tokens, step (T = 1).
+
+    config:        the family's frozen dataclass; it has at least `vocab_size` and `d_model`.
+    uses_position: whether `advance` reads `position`; the exported graph has that input only then.
+    """
+
+    uses_position: ClassVar[bool] = False
+    config: Any
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B,T] int64 -> logits [B,T,V], from a fresh state, differentiable."""
+        raise NotImplementedError
+
+    def state_slots(self, context: int) -> tuple[StateSlot, ...]:
+        """The state of one stream (leading axis 1); `context` is the longest sequence, used by growing states."""
+        raise NotImplementedError
+
+    def advance(self, tokens: Tensor, position: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Consume tokens [B,T], of which the first has index position [B] int64.
+
+        Returns logits [B,1,V] of the last token, then the new state in the order of `state_slots`.
+        """
+        raise NotImplementedError
+
+    def initial_state(self, batch: int, context: int) -> list[Tensor]:
+        """A fresh state for `batch` streams."""
+        slots = self.state_slots(context)
+        return [torch.full((batch, *s.shape[1:]), s.init, dtype=getattr(torch, s.dtype)) for s in slots]
+
+    def signature(self, tokens: int, context: int) -> StepSignature:
+        """Inputs, outputs and state of one call that consumes `tokens` tokens."""
+        inputs = [TensorSpec("tokens", "int64", (1, tokens), "tokens")]
+        if self.uses_position:
+            inputs.append(TensorSpec("position", "int64", (1,), "position"))
+        logits = TensorSpec("logits", "float32", (1, 1, self.config.vocab_size), "logits")
+        return StepSignature(tokens, tuple(inputs), (logits,), self.state_slots(context))
+
+
+@runtime_checkable
+class StepModule(Protocol):
+    """A step model with named inputs and outputs, for streams that are not tokens (audio frames, sensor rows).
+
+    advance(*inputs, *state) -> (*outputs, *new_state), one step a call.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def state_slots(self, context: int) -> tuple[StateSlot, ...]: ...
+
+    def advance(self, *args: Tensor) -> tuple[Tensor, ...]: ...
+
+
+def signature_of(model: nn.Module, tokens: int, context: int) -> StepSignature:
+    """The signature of a token model or of a step model with named inputs; the latter has steps only."""
+    if isinstance(model, SequenceModel):
+        return model.signature(tokens, context)
+    if isinstance(model, StepModule):
+        if tokens != 1:
+            raise SourceError(f"A model with named inputs has steps only, but a chunk of {tokens} was asked for.")
+        return StepSignature(1, tuple(model.inputs), tuple(model.outputs), tuple(model.state_slots(context)))
+    raise SourceError(f"{type(model).__name__} has neither the token protocol nor named inputs and outputs.")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a model tensor lies in a checkpoint: its name and shape there, and how it becomes ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[Array], Array] = lambda x: x
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How a family reads a Hugging Face directory.
+
+    model_types: values of `model_type` in config.json that this family accepts.
+    recognise:   accepts a config.json without `model_type` (other layouts of the same family).
+    config:      config.json -> config; raises SourceError naming the field it cannot honour.
+    tensors:     config -> {our tensor name: StoredTensor}.
+    aliases:     other spellings, tried when a name is absent: (stored name -> alternative name).
+    ignored:     stored names that are no parameters (buffers old checkpoints carry).
+    """
+
+    model_types: tuple[str, ...]
+    config: Callable[[Mapping[str, Any]], Any]
+    tensors: Callable[[Any], dict[str, StoredTensor]]
+    recognise: Callable[[Mapping[str, Any]], bool] = lambda raw: False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, found by listing the folder.
+
+    zoo:           public shapes with seeded random weights, by zoo name.
+    tiny:          the shape of `zoo:tiny-<name>`, trained and shipped.
+    state_formula: bytes of state as a formula in the family's letters.
+    growth:        how the state grows with the sequence.
+    ops:           the stateful operators its step uses.
+    random_tensor: (config, tensor name, shape, rng) -> float32 weights at scales that keep long runs finite.
+    constants:     config -> tensors that follow from the config alone (decays, frequencies), by tensor name.
+    """
+
+    name: str
+    config: type[Any]
+    model: Callable[[Any], SequenceModel]
+    checkpoint: Checkpoint | None
+    zoo: Mapping[str, Any]
+    tiny: Any
+    state_formula: str
+    growth: Growth
+    ops: tuple[str, ...]
+    random_tensor: Callable[[Any, str, tuple[int, ...], np.random.Generator], Array]
+    constants: Callable[[Any], dict[str, Array]] = lambda config: {}
+
+    def meta_model(self, config: Any) -> SequenceModel:
+        """The module with shapes but no storage."""
+        with torch.device("meta"):
+            return self.model(config).eval()
+
+    def param_count(self, config: Any) -> int:
+        """Parameters, tied tensors once, constants not counted."""
+        return sum(p.numel() for p in self.meta_model(config).parameters())
+
+
+def normal(rng: np.random.Generator, shape: Sequence[int], std: float) -> Array:
+    """Float32 Gaussian weights."""
+    return rng.standard_normal(tuple(shape), dtype=np.float32) * np.float32(std)
+
+
+def last_logits(x: Tensor, norm: Callable[[Tensor], Tensor], head: Tensor) -> Tensor:
+    """Hidden states [B,T,d] -> logits [B,1,V] of the last token."""
+    return nn.functional.linear(norm(x[:, -1:]), head)

@@ -1,0 +1,255 @@
+"""Mamba, the selective state space model (Gu and Dao 2023).
+
+Glossary
+  B  batch                 T  tokens             V  vocabulary          L  layers
+  d  model width           D  inner width        N  state size          R  rank of the time step
+  k  taps of the short convolution
+
+One layer, with x the residual stream [B,T,d]:
+  h      = rms_norm(x)
+  u, z   = split(W_in h)                        [B,T,D] each
+  u      = silu(causal_conv(u))
+  dt,B,C = split(W_x u)                         [B,T,R], [B,T,N], [B,T,N]
+  dt     = softplus(W_dt dt + b_dt)             [B,T,D]
+  S      = exp(dt A) S + B (x) (dt u)           [B,N,D]      A = -exp(A_log) < 0
+  x      = x + W_out((C . S + D u) silu(z))
+State of a layer: conv [1,k-1,D] (the last inputs of the convolution) and ssm [1,N,D].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgeseq.models import functional as ops
+from edgeseq.models import parallel
+from edgeseq.models.base import Array, Checkpoint, Family, SequenceModel, StoredTensor, last_logits, normal
+from edgeseq.models.hf import ConfigReader
+from edgeseq.spec import StateSlot
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Shape of a Mamba model; `proj_bias` is the bias of in_proj and out_proj, `tie` shares embedding and head."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    d_inner: int
+    d_state: int = 16
+    d_conv: int = 4
+    dt_rank: int = 48
+    eps: float = 1e-5
+    proj_bias: bool = False
+    conv_bias: bool = True
+    tie: bool = True
+
+
+class MambaLayer(nn.Module):
+    """One residual layer; parameters as in the module docstring, A stored negative and N-major."""
+
+    def __init__(self, c: MambaConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.norm = nn.Parameter(torch.ones(c.d_model))
+        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner, bias=c.proj_bias)
+        self.conv_weight = nn.Parameter(torch.empty(c.d_inner, c.d_conv))
+        self.conv_bias = nn.Parameter(torch.zeros(c.d_inner)) if c.conv_bias else None
+        self.x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
+        self.dt_proj = nn.Linear(c.dt_rank, c.d_inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(c.d_inner))
+        self.A = nn.Parameter(torch.empty(c.d_state, c.d_inner))
+        self.D = nn.Parameter(torch.ones(c.d_inner))
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
+
+    def split_x(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u [B,T,D] -> dt before its bias [B,T,D], B [B,T,N], C [B,T,N]."""
+        r, n = self.c.dt_rank, self.c.d_state
+        x = self.x_proj(u)
+        return self.dt_proj(x[..., :r]), x[..., r : r + n], x[..., r + n :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        xz = self.in_proj(ops.rms_norm_parallel(x, self.norm, self.c.eps))
+        u, z = xz[..., : self.c.d_inner], xz[..., self.c.d_inner :]
+        u = F.silu(parallel.causal_conv_parallel(u, self.conv_weight, self.conv_bias))
+        dt, b, c = self.split_x(u)
+        y = parallel.selective_scan_parallel(u, F.softplus(dt + self.dt_bias), self.A, b, c)
+        return x + self.out_proj((y + self.D * u) * F.silu(z))
+
+    def advance(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        xz = self.in_proj(ops.rms_norm(x, self.norm, self.c.eps))
+        u, z = xz[..., : self.c.d_inner], xz[..., self.c.d_inner :]
+        u, conv = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv, silu=True)
+        dt, b, c = self.split_x(u)
+        y, ssm = ops.selective_scan(u, dt, self.A, b, c, self.D, z, self.dt_bias, ssm)
+        return x + self.out_proj(y), conv, ssm
+
+
+class Mamba(SequenceModel):
+    """Embedding, layers, norm and head; forms and state as in `SequenceModel`."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.ones(config.d_model))
+        self.head = None if config.tie else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return F.linear(ops.rms_norm_parallel(x, self.norm, self.config.eps), self.head_weight())
+
+    def state_slots(self, context: int) -> tuple[StateSlot, ...]:
+        c, slots = self.config, []
+        for i in range(c.n_layers):
+            slots.append(StateSlot(f"layers.{i}.conv", "float32", (1, c.d_conv - 1, c.d_inner), 0.0, "shift", 1))
+            slots.append(StateSlot(f"layers.{i}.ssm", "float32", (1, c.d_state, c.d_inner)))
+        return tuple(slots)
+
+    def advance(self, tokens: Tensor, position: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        x, new = self.embed(tokens), []
+        for i, layer in enumerate(self.layers):
+            x, conv, ssm = layer.advance(x, state[2 * i], state[2 * i + 1])
+            new += [conv, ssm]
+        logits = last_logits(x, lambda h: ops.rms_norm(h, self.norm, self.config.eps), self.head_weight())
+        return (logits, *new)
+
+
+def random_tensor(c: MambaConfig, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Published initial scales: A = -(1..N), dt log-uniform in [0.001, 0.1], residual outputs shrunk by depth."""
+    leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if leaf == "A":
+        return np.repeat(-np.arange(1, c.d_state + 1, dtype=np.float32)[:, None], c.d_inner, axis=1)
+    if leaf == "dt_bias":
+        dt = np.exp(rng.uniform(math.log(1e-3), math.log(1e-1), shape))
+        return (dt + np.log(-np.expm1(-dt))).astype(np.float32)  # inverse of softplus
+    if leaf in ("norm", "D"):
+        return np.ones(shape, np.float32)
+    if leaf in ("bias", "conv_bias"):
+        return np.zeros(shape, np.float32)
+    std = 1.0 / math.sqrt(shape[-1])
+    return normal(rng, shape, std / math.sqrt(2 * c.n_layers) if leaf == "out_proj" else std)
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> MambaConfig:
+    """config.json of `MambaForCausalLM`, or of the state-spaces repositories (`d_model`, `n_layer`, `ssm_cfg`)."""
+    return _from_state_spaces(raw) if "model_type" not in raw else _from_transformers(raw)
+
+
+def _from_transformers(raw: Mapping[str, Any]) -> MambaConfig:
+    r = ConfigReader(raw)
+    d_model = r.positive("hidden_size")
+    d_inner = r.positive("intermediate_size", default=int(r.number("expand", 2) * d_model))
+    r.only("hidden_act", "silu", "swish")
+    return MambaConfig(
+        vocab_size=r.positive("vocab_size", default=50280),
+        d_model=d_model,
+        n_layers=r.positive("num_hidden_layers", default=32),
+        d_inner=d_inner,
+        d_state=r.positive("state_size", default=16),
+        d_conv=r.positive("conv_kernel", default=4, least=2),
+        dt_rank=_rank(r, "time_step_rank", d_model),
+        eps=r.number("layer_norm_epsilon", 1e-5),
+        proj_bias=r.flag("use_bias", False),
+        conv_bias=r.flag("use_conv_bias", True),
+        tie=r.flag("tie_word_embeddings", True),
+    )
+
+
+def _from_state_spaces(raw: Mapping[str, Any]) -> MambaConfig:
+    r, ssm = ConfigReader(raw), ConfigReader(raw.get("ssm_cfg") or {}, prefix="ssm_cfg.")
+    ssm.only("layer", "Mamba1")
+    r.only("rms_norm", True)
+    r.only("attn_layer_idx", [])
+    r.only("d_intermediate", 0)
+    d_model = r.positive("d_model")
+    vocab, multiple = r.positive("vocab_size", default=50277), r.positive("pad_vocab_size_multiple", default=8)
+    return MambaConfig(
+        vocab_size=-(-vocab // multiple) * multiple,
+        d_model=d_model,
+        n_layers=r.positive("n_layer"),
+        d_inner=int(ssm.number("expand", 2) * d_model),
+        d_state=ssm.positive("d_state", default=16),
+        d_conv=ssm.positive("d_conv", default=4, least=2),
+        dt_rank=_rank(ssm, "dt_rank", d_model),
+        proj_bias=ssm.flag("bias", False),
+        conv_bias=ssm.flag("conv_bias", True),
+        tie=r.flag("tie_embeddings", True),
+    )
+
+
+def _rank(r: ConfigReader, field: str, d_model: int) -> int:
+    return math.ceil(d_model / 16) if r.raw.get(field, "auto") == "auto" else r.positive(field)
+
+
+def hf_tensors(c: MambaConfig) -> dict[str, StoredTensor]:
+    """Our names -> names and shapes in `MambaForCausalLM` (the state-spaces layout differs in the embedding only)."""
+    d, D, N, R, k = c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv
+    names = {
+        "embed.weight": StoredTensor("backbone.embeddings.weight", (c.vocab_size, d)),
+        "norm": StoredTensor("backbone.norm_f.weight", (d,)),
+    }
+    if not c.tie:
+        names["head"] = StoredTensor("lm_head.weight", (c.vocab_size, d))
+    for i in range(c.n_layers):
+        ours, theirs = f"layers.{i}", f"backbone.layers.{i}.mixer"
+        layer = {
+            "norm": StoredTensor(f"backbone.layers.{i}.norm.weight", (d,)),
+            "in_proj.weight": StoredTensor(f"{theirs}.in_proj.weight", (2 * D, d)),
+            "conv_weight": StoredTensor(f"{theirs}.conv1d.weight", (D, 1, k), lambda x: x[:, 0]),
+            "x_proj.weight": StoredTensor(f"{theirs}.x_proj.weight", (R + 2 * N, D)),
+            "dt_proj.weight": StoredTensor(f"{theirs}.dt_proj.weight", (D, R)),
+            "dt_bias": StoredTensor(f"{theirs}.dt_proj.bias", (D,)),
+            "A": StoredTensor(f"{theirs}.A_log", (D, N), lambda x: np.ascontiguousarray(-np.exp(x).T)),
+            "D": StoredTensor(f"{theirs}.D", (D,)),
+            "out_proj.weight": StoredTensor(f"{theirs}.out_proj.weight", (d, D)),
+        }
+        if c.conv_bias:
+            layer["conv_bias"] = StoredTensor(f"{theirs}.conv1d.bias", (D,))
+        if c.proj_bias:
+            layer["in_proj.bias"] = StoredTensor(f"{theirs}.in_proj.bias", (2 * D,))
+            layer["out_proj.bias"] = StoredTensor(f"{theirs}.out_proj.bias", (d,))
+        names |= {f"{ours}.{name}": stored for name, stored in layer.items()}
+    return names
+
+
+def _is_state_spaces(raw: Mapping[str, Any]) -> bool:
+    return "model_type" not in raw and "ssm_cfg" in raw and "n_layer" in raw
+
+
+def _public(d_model: int, n_layers: int) -> MambaConfig:
+    """Shapes of state-spaces/mamba-*: expand 2, N 16, k 4, R = ceil(d/16), vocabulary padded to 50280, tied."""
+    return MambaConfig(50280, d_model, n_layers, 2 * d_model, dt_rank=math.ceil(d_model / 16))
+
+
+FAMILY = Family(
+    name="mamba",
+    config=MambaConfig,
+    model=Mamba,
+    checkpoint=Checkpoint(
+        model_types=("mamba",),
+        config=config_from_hf,
+        tensors=hf_tensors,
+        recognise=_is_state_spaces,
+        aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
+    ),
+    zoo={"mamba-130m": _public(768, 24), "mamba-370m": _public(1024, 48), "mamba-790m": _public(1536, 48)},
+    tiny=MambaConfig(256, 128, 6, 256, d_state=8, dt_rank=8),
+    state_formula="4 L D (N + k - 1)",
+    growth="constant",
+    ops=("causal_conv", "selective_scan"),
+    random_tensor=random_tensor,
+)
