@@ -111,3 +111,10 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         (directory / "manifest.json").write_text(self.to_json())
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read and check `directory/manifest.json`: UsageError if there is none, BundleError if it is malformed."""
+        from edgeseq.manifest import load_manifest
+
+        return load_manifest(Path(directory))
