@@ -1,0 +1,131 @@
+"""Causal attention over a KV cache, with the append: one block = one KV head, its T new rows and its query heads.
+
+cache[hk, position + t] <- k[t], v[t];  o[t,h] = softmax_j(scale q[t,h] . K[j]) V,  j <= position + t.
+Blocked online softmax (Dao et al. 2022, algorithm 1): running maximum m, sum l and accumulator in float32, one pass
+over the cache. Rows above position + t are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tvm_api import T, tirx
+from . import Built
+from ._emit import LANES, Buffer, Expr, Kernel, fill, horizontal_sum, kernel, let, load, local, loop, pieces, splat, store
+
+TILE = 64
+NEVER = -1.0e30
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """T new tokens, H query heads over Hk cached heads of width d, N cache rows; ld*: floats between tokens."""
+
+    T: int
+    H: int
+    Hk: int
+    d: int
+    N: int
+    ldq: int
+    ldk: int
+    ldv: int
+    scale: float
+    args = ("q", "k", "v", "past_k", "past_v", "position", "o")
+
+
+def build(name: str, p: CachedAttention) -> Built:
+    cache = p.Hk * p.N * p.d
+    params = [
+        ("q", "float32", (p.T - 1) * p.ldq + p.H * p.d),
+        ("k", "float32", (p.T - 1) * p.ldk + p.Hk * p.d),
+        ("v", "float32", (p.T - 1) * p.ldv + p.Hk * p.d),
+        ("past_k", "float32", cache),
+        ("past_v", "float32", cache),
+        ("position", "int64", 1),
+        ("o", "float32", p.T * p.H * p.d),
+    ]
+    with kernel(name, params) as kern:
+        position = let(T.Cast("int32", kern["position"][0]))
+        head = let(kern.block * (p.N * p.d))
+        _append(kern, p, head, position)
+        _attend(kern, p, head, position)
+    return Built(kern.func, p.Hk)
+
+
+def _append(kern: Kernel, p: CachedAttention, head: Expr, position: Expr) -> None:
+    def row(t: Expr) -> None:
+        for new, ld, cache in (("k", p.ldk, "past_k"), ("v", p.ldv, "past_v")):
+            for i, lanes in pieces(p.d):
+                value = load(kern[new], t * ld + kern.block * p.d + i, lanes)
+                store(kern[cache], head + (position + t) * p.d + i, value, lanes)
+
+    loop(p.T, row)
+
+
+def _attend(kern: Kernel, p: CachedAttention, head: Expr, position: Expr) -> None:
+    group = p.H // p.Hk
+    width = -(-p.d // LANES) * LANES
+    scratch, partial = local(LANES), local(LANES)
+    scores = local(TILE)
+    acc = local(group * width)
+    m, total = local(group), local(group)
+
+    def query(t: Expr) -> None:
+        fill(acc, group * width)
+        fill(m, group, NEVER)
+        fill(total, group)
+        rows = let(position + t + 1)
+        with T.serial(tirx.ceildiv(rows, TILE)) as tile:
+            first = let(tile * TILE)
+            count = let(tirx.Select(rows - first < TILE, rows - first, TILE))
+            loop(group, lambda g: _tile(t, g, first, count))
+        loop(group, lambda g: finish(t, g))
+
+    def _tile(t: Expr, g: Expr, first: Expr, count: Expr) -> None:
+        q0 = let(t * p.ldq + (kern.block * group + g) * p.d)
+        fill(scores, TILE, NEVER)
+        with T.serial(count) as j:
+            k0 = let(head + (first + j) * p.d)
+            store(partial, 0, splat(0.0))
+            for i, lanes in pieces(p.d):
+                product = load(kern["q"], q0 + i, lanes) * load(kern["past_k"], k0 + i, lanes)
+                store(partial, 0, load(partial, 0, lanes) + product, lanes)
+            total_j = horizontal_sum(scratch, load(partial, 0))
+            T.buffer_store(scores, total_j * T.float32(p.scale), [j])
+        new_m = let(T.max(m[g], _maximum(scores, scratch)))
+        alpha = let(T.exp(m[g] - new_m))
+        T.buffer_store(m, new_m, [g])
+        store(partial, 0, splat(0.0))
+        for i in range(0, TILE, LANES):
+            store(scores, i, T.exp(load(scores, i) - splat(new_m)))
+            store(partial, 0, load(partial, 0) + load(scores, i))
+        T.buffer_store(total, total[g] * alpha + horizontal_sum(scratch, load(partial, 0)), [g])
+        for i, lanes in pieces(p.d):
+            store(acc, g * width + i, load(acc, g * width + i, lanes) * splat(alpha, lanes), lanes)
+        with T.serial(count) as j:
+            v0 = let(head + (first + j) * p.d)
+            for i, lanes in pieces(p.d):
+                at = g * width + i
+                weighted = splat(scores[j], lanes) * load(kern["past_v"], v0 + i, lanes)
+                store(acc, at, load(acc, at, lanes) + weighted, lanes)
+
+    def finish(t: Expr, g: Expr) -> None:
+        inverse = let(T.float32(1.0) / total[g])
+        o0 = let(t * (p.H * p.d) + (kern.block * group + g) * p.d)
+        for i, lanes in pieces(p.d):
+            store(kern["o"], o0 + i, load(acc, g * width + i, lanes) * splat(inverse, lanes), lanes)
+
+    loop(p.T, query)
+
+
+def _maximum(scores: Buffer, scratch: Buffer) -> Expr:
+    """Largest of TILE scores."""
+    best = load(scores, 0)
+    for i in range(LANES, TILE, LANES):
+        best = T.max(best, load(scores, i))
+    store(scratch, 0, best)
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        store(scratch, 0, T.max(load(scratch, 0, lanes), load(scratch, lanes, lanes)), lanes)
+    return let(scratch[0])

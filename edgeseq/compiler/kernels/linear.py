@@ -1,0 +1,148 @@
+"""y[T,M] = act(x[T,K] W[M,K]^T + bias[M]) + residual[T,M].
+
+W is packed `rows16`: [ceil(M/16)][K][16], so 16 output rows fill one vector and the weights of a block are one
+contiguous stream. T = 1 is a GEMV bound by reading W; T > 1 is a GEMM whose accumulators (tokens x rows) stay in
+registers while W is reused across tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tvm_api import PrimFunc, T
+from . import Built
+from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, store
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Parameters of one variant. ldx, ldr: floats between consecutive tokens of x and of the residual.
+
+    tile: (tokens, row groups) held in registers by the GEMM.
+    """
+
+    T: int
+    M: int
+    K: int
+    ldx: int
+    wdtype: str = "float32"
+    bias: bool = False
+    residual: bool = False
+    ldr: int = 0
+    act: str = "none"
+    tile: tuple[int, int] = (12, 2)
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        return ("x", "w", *(("bias",) if self.bias else ()), *(("residual",) if self.residual else ()), "y")
+
+
+GEMV_UNROLL = 8
+
+
+def build(name: str, p: Linear) -> Built:
+    groups = -(-p.M // LANES)
+    rows = 1 if p.T == 1 or groups % p.tile[1] else p.tile[1]
+    sizes = {
+        "x": ("float32", (p.T - 1) * p.ldx + p.K),
+        "w": (_storage(p.wdtype), groups * p.K * LANES),
+        "bias": ("float32", p.M),
+        "residual": ("float32", (p.T - 1) * p.ldr + p.M),
+        "y": ("float32", p.T * p.M),
+    }
+    with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
+        if p.T == 1:
+            _gemv(k, p, groups)
+        else:
+            _gemm(k, p, groups, rows)
+    return Built(k.func, groups // rows)
+
+
+def _storage(dtype: str) -> str:
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def _weights(w: Buffer, offset: Expr, dtype: str) -> Expr:
+    """16 weights as float32."""
+    raw = load(w, offset)
+    if dtype == "float16":
+        return T.Cast("float32x16", raw)
+    if dtype == "bfloat16":
+        return T.reinterpret("float32x16", T.Cast("uint32x16", raw) << T.broadcast(T.uint32(16), LANES))
+    return raw
+
+
+def _gemv(k: Kernel, p: Linear, groups: int) -> None:
+    """One block = 16 rows; independent accumulators hide the latency of the multiply-add."""
+    unroll = GEMV_UNROLL if p.K >= GEMV_UNROLL else 1
+    acc = local(unroll * LANES)
+    for u in range(unroll):
+        store(acc, u * LANES, splat(0.0))
+    base = let(k.block * (p.K * LANES))
+
+    def term(i: Expr, u: int) -> None:
+        product = _weights(k["w"], base + i * LANES, p.wdtype) * splat(k["x"][i])
+        store(acc, u * LANES, load(acc, u * LANES) + product)
+
+    with T.serial(p.K // unroll) as step:
+        for u in range(unroll):
+            term(step * unroll + u, u)
+    for i in range(p.K // unroll * unroll, p.K):
+        term(i, 0)
+    while unroll > 1:
+        unroll //= 2
+        for u in range(unroll):
+            store(acc, u * LANES, load(acc, u * LANES) + load(acc, (u + unroll) * LANES))
+    _guard_tail(k.block, groups, p.M, lambda lanes: _epilogue(k, p, acc, 0, 0, k.block * LANES, lanes))
+
+
+def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
+    """One block = `rows` groups of 16 rows for all tokens, in tiles of tokens."""
+    step = -(-p.T // -(-p.T // p.tile[0]))
+    acc = local(step * rows * LANES)
+    for t0 in range(0, p.T, step):
+        tokens = min(step, p.T - t0)
+        for i in range(tokens * rows):
+            store(acc, i * LANES, splat(0.0))
+        with T.serial(p.K) as i:
+            w = [let(_weights(k["w"], ((k.block * rows + r) * p.K + i) * LANES, p.wdtype)) for r in range(rows)]
+            for t in range(tokens):
+                x = let(splat(k["x"][(t0 + t) * p.ldx + i]))
+                for r in range(rows):
+                    at = (t * rows + r) * LANES
+                    store(acc, at, load(acc, at) + w[r] * x)
+        for t in range(tokens):
+            for r in range(rows):
+                group = k.block * rows + r
+                at = (t * rows + r) * LANES
+                _guard_tail(
+                    group, groups, p.M,
+                    lambda lanes, t=t, at=at, group=group: _epilogue(k, p, acc, at, t0 + t, group * LANES, lanes),
+                )  # fmt: skip
+
+
+def _guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: ignore[no-untyped-def]
+    """The last group of 16 rows may be partly padding: store only the real rows."""
+    rest = rows % LANES
+    if not rest:
+        body(LANES)
+        return
+    with T.If(group < groups - 1):
+        with T.Then():
+            body(LANES)
+        with T.Else():
+            body(rest)
+
+
+def _epilogue(k: Kernel, p: Linear, acc: Buffer, at: int, t: int, row: Expr, lanes: int) -> None:
+    y = load(acc, at, lanes)
+    if p.bias:
+        y = y + load(k["bias"], row, lanes)
+    if p.act == "silu":
+        y = silu(let(y))
+    if p.residual:
+        y = y + load(k["residual"], t * p.ldr + row, lanes)
+    store(k["y"], t * p.M + row, y, lanes)
+
+
+__all__ = ["Linear", "PrimFunc", "build"]

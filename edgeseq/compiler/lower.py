@@ -1,0 +1,55 @@
+"""PrimFuncs to an object file of plain C functions: no TVM symbol, no packed call, nothing to link but memcpy.
+
+Source of the pass order: tvm/s_tir/pipeline.py of TVM 0.27, without MakePackedAPI and LowerTVMBuiltin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import mathlib
+from .tvm_api import IRModule, PrimFunc, TvmTarget, get_global_func, module_pass_sequence, s_tir, tirx
+
+
+def _passes(target: TvmTarget) -> list:
+    s, t = s_tir.transform, tirx.transform
+    return [
+        t.BindTarget(target),
+        s.CanonicalizeLoop(),
+        s.LowerInitBlock(),
+        s.PlanAndUpdateBufferAllocationLocation(),
+        s.ConvertBlocksToOpaque(),
+        s.CompactBufferAllocation(),
+        s.LowerMatchBuffer(),
+        s.StmtSimplify(),
+        s.LowerOpaqueBlock(),
+        t.FlattenBuffer(),
+        t.NarrowDataType(32),
+        s.LoopPartition(),
+        t.VectorizeLoop(True),
+        t.StorageRewrite(),
+        t.UnrollLoop(),
+        t.StmtSimplify(),
+        t.RemoveNoOp(),
+        s.RewriteUnsafeSelect(),
+        t.CommonSubexprElim(),
+    ]
+
+
+def lower(func: PrimFunc, target: TvmTarget) -> PrimFunc:
+    """One scheduled or hand-built PrimFunc through the passes, transcendentals expanded, ready for LLVM."""
+    name = str(func.attrs["global_symbol"])
+    module = module_pass_sequence(_passes(target))(IRModule({name: func}))
+    (lowered,) = module.functions.values()
+    module = module_pass_sequence([tirx.transform.LowerIntrin()])(IRModule({name: mathlib.mark(lowered)}))
+    (lowered,) = module.functions.values()
+    return mathlib.expand(lowered).with_attr("global_symbol", name)
+
+
+def emit_object(funcs: list[PrimFunc], target: TvmTarget, path: Path, assembly: Path | None = None) -> None:
+    """Write one relocatable object holding `funcs` (already lowered) as C functions of the same names."""
+    module = IRModule({str(f.attrs["global_symbol"]): f for f in funcs})
+    built = get_global_func("target.build.llvm")(module, target)
+    if assembly is not None:
+        assembly.write_text(built.inspect_source("asm"))
+    built.write_to_file(str(path), "o")
