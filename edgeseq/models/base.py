@@ -51,6 +51,12 @@ class SequenceModel(nn.Module):
         slots = self.state_slots(context)
         return [torch.full((batch, *s.shape[1:]), s.init, dtype=getattr(torch, s.dtype)) for s in slots]
 
+    def parametrize(self) -> None:
+        """Rewrite parameters that must stay in a domain while they are trained; undone by `unparametrize`."""
+
+    def unparametrize(self) -> None:
+        """Bake the values that `parametrize` rewrote."""
+
     def signature(self, tokens: int, context: int) -> StepSignature:
         """Inputs, outputs and state of one call that consumes `tokens` tokens."""
         inputs = [TensorSpec("tokens", "int64", (1, tokens), "tokens")]

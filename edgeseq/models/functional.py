@@ -59,7 +59,7 @@ def _selective_scan(
 
 
 @_selective_scan.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, past, dt_softplus, dt_min, dt_max):  # noqa: ANN001, ANN202
+def _(u, dt, A, B, C, D, z, dt_bias, past, dt_softplus, dt_min, dt_max):
     return torch.empty_like(u), torch.empty_like(past)
 
 
@@ -99,7 +99,7 @@ def _retention(
 
 
 @_retention.register_fake
-def _(q, k, v, log_decay, past, num_heads, scale):  # noqa: ANN001, ANN202
+def _(q, k, v, log_decay, past, num_heads, scale):
     return torch.empty_like(v), torch.empty_like(past)
 
 
@@ -129,7 +129,7 @@ def _causal_conv(
 
 
 @_causal_conv.register_fake
-def _(x, weight, bias, past, silu):  # noqa: ANN001, ANN202
+def _(x, weight, bias, past, silu):
     return torch.empty_like(x), torch.empty_like(past)
 
 
@@ -147,7 +147,7 @@ def _rms_norm(x: Tensor, weight: Optional[Tensor], eps: float) -> Tensor:  # noq
 
 
 @_rms_norm.register_fake
-def _(x, weight, eps):  # noqa: ANN001, ANN202
+def _(x, weight, eps):
     return torch.empty_like(x)
 
 
@@ -179,7 +179,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bo
 
 
 @_rotary.register_fake
-def _(x, cos, sin, num_heads, interleaved):  # noqa: ANN001, ANN202
+def _(x, cos, sin, num_heads, interleaved):
     return torch.empty_like(x)
 
 
@@ -225,7 +225,7 @@ def _cached_attention(
 
 
 @_cached_attention.register_fake
-def _(q, k, v, past_k, past_v, position, num_heads, num_kv_heads, scale):  # noqa: ANN001, ANN202
+def _(q, k, v, past_k, past_v, position, num_heads, num_kv_heads, scale):
     return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
 
 

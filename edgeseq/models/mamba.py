@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from edgeseq.models import functional as ops
 from edgeseq.models import parallel
@@ -50,6 +51,16 @@ class MambaConfig:
     proj_bias: bool = False
     conv_bias: bool = True
     tie: bool = True
+
+
+class _NegativeExp(nn.Module):
+    """Training optimises log(-A), as published, so that A stays negative."""
+
+    def forward(self, log: Tensor) -> Tensor:
+        return -torch.exp(log)
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        return torch.log(-a)
 
 
 class MambaLayer(nn.Module):
@@ -111,6 +122,14 @@ class Mamba(SequenceModel):
         for layer in self.layers:
             x = layer(x)
         return F.linear(ops.rms_norm_parallel(x, self.norm, self.config.eps), self.head_weight())
+
+    def parametrize(self) -> None:
+        for layer in self.layers:
+            register_parametrization(layer, "A", _NegativeExp())
+
+    def unparametrize(self) -> None:
+        for layer in self.layers:
+            remove_parametrizations(layer, "A")
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
         c, slots = self.config, []

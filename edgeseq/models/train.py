@@ -1,0 +1,175 @@
+"""Train a tiny byte-level model on one core in minutes: `python -m edgeseq.models.train mamba`.
+
+Every family gets the same text, the same number of bytes, the same optimiser and schedule. Writes
+`tiny-<family>.safetensors` (matrices in float16) and `tiny-<family>.json` (config, recipe, held-out bits per byte).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgeseq.models import corpus, families, family
+from edgeseq.models.base import Family, SequenceModel
+from edgeseq.models.source import ZOO_WEIGHTS, load_weights, seeded_rng
+
+SAMPLE_BYTES = 16384
+HALF_FROM = 4096  # tensors with more elements are stored in float16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """batch sequences of `context` bytes at random offsets of the shuffled lines; AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 2400
+    batch: int = 8
+    context: int = 256
+    lr: float = 3e-3
+    lr_end: float = 1e-4
+    warmup: int = 60
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 1
+
+
+def fresh_model(family: Family, seed: int) -> SequenceModel:
+    """The tiny shape with seeded initial weights, parameters rewritten for training where the family asks for it."""
+    c = family.tiny
+    model = family.model(c).train()
+    constants = family.constants(c)
+    initial = {
+        name: constants[name]
+        if name in constants
+        else family.random_tensor(c, name, tuple(t.shape), seeded_rng(f"train {seed}", name))
+        for name, t in model.state_dict().items()
+    }
+    load_weights(model, initial)
+    model.parametrize()
+    return model
+
+
+def optimiser(model: SequenceModel, r: Recipe) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, everything else (norms, biases, A, D) does not."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if n.endswith("weight") and p.ndim == 2]
+    chosen = {id(p) for p in decay}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [{"params": decay, "weight_decay": r.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=r.lr, betas=r.betas)
+
+
+def learning_rate(step: int, r: Recipe) -> float:
+    if step < r.warmup:
+        return r.lr * (step + 1) / r.warmup
+    progress = (step - r.warmup) / max(1, r.steps - r.warmup)
+    return r.lr_end + (r.lr - r.lr_end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def cross_entropy(model: SequenceModel, window: Tensor) -> Tensor:
+    """Mean nats per byte of window[:, 1:] given what precedes: window [B,T+1] int64."""
+    return F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+
+
+def train(model: SequenceModel, text: np.ndarray, r: Recipe) -> float:
+    """Run the recipe on a uint8 text; returns the seconds it took."""
+    opt, rng, start = optimiser(model, r), np.random.default_rng(r.seed), time.monotonic()
+    smooth = 0.0
+    for step in range(r.steps):
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, r)
+        offsets = rng.integers(0, len(text) - r.context - 1, r.batch)
+        window = torch.from_numpy(np.stack([text[o : o + r.context + 1] for o in offsets]).astype(np.int64))
+        loss = cross_entropy(model, window)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip)
+        opt.step()
+        bits = loss.item() / math.log(2)
+        smooth = bits if step == 0 else 0.98 * smooth + 0.02 * bits
+        if step % 50 == 49:
+            seconds = time.monotonic() - start
+            print(f"step {step + 1:5d}  {smooth:.4f} bits/byte  {seconds:6.0f} s", flush=True)
+    return time.monotonic() - start
+
+
+@torch.no_grad()
+def bits_per_byte(model: SequenceModel, text: bytes, context: int) -> float:
+    """Mean bits per byte of `text`, cut into windows of `context` bytes that each start from a fresh state.
+
+    The byte before a window (a newline before the first) is given, not scored; a ragged tail is left out.
+    """
+    data = np.frombuffer(b"\n" + text, np.uint8).astype(np.int64)
+    count = (len(data) - 1) // context
+    windows = np.stack([data[i * context : (i + 1) * context + 1] for i in range(count)])
+    total = sum(cross_entropy(model, torch.from_numpy(w)).item() * len(w) for w in np.array_split(windows, -(-count // 16)))
+    return total / count / math.log(2)
+
+
+def stored(model: SequenceModel) -> dict[str, Tensor]:
+    """What is shipped: large matrices in float16, the rest in float32."""
+    return {
+        name: (t.half() if t.numel() > HALF_FROM else t).contiguous()
+        for name, t in model.state_dict().items()
+        if t.is_floating_point()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=list(families()))
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/wordnet"), help="folder of WordNet's data files")
+    parser.add_argument("--out", type=Path, default=ZOO_WEIGHTS)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(steps=args.steps)
+    torch.manual_seed(recipe.seed)
+
+    training, held = corpus.split(corpus.gloss_lines(args.data))
+    random.Random(recipe.seed).shuffle(training)
+    chosen = family(args.family)
+    model = fresh_model(chosen, recipe.seed)
+    seconds = train(model, np.frombuffer(b"".join(training), np.uint8), recipe)
+
+    model.unparametrize()
+    model.eval()
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = stored(model)
+    save_file(weights, args.out / f"tiny-{chosen.name}.safetensors")
+    load_weights(model, {n: t.float().numpy() for n, t in weights.items()} | chosen.constants(chosen.tiny))
+    text = b"".join(held)
+    record = {
+        "family": chosen.name,
+        "params": chosen.param_count(chosen.tiny),
+        "config": asdict(chosen.tiny),
+        "recipe": asdict(recipe),
+        "data": {
+            "source": "WordNet 3.0 glosses (Debian wordnet-base)",
+            "training_bytes": sum(map(len, training)),
+            "held_out_bytes": len(text),
+            "sample_bytes": SAMPLE_BYTES,
+        },
+        "bytes_seen": recipe.steps * recipe.batch * recipe.context,
+        "minutes": round(seconds / 60, 1),
+        "held_out_bits_per_byte": round(bits_per_byte(model, text, recipe.context), 4),
+        "sample_bits_per_byte": round(bits_per_byte(model, text[:SAMPLE_BYTES], recipe.context), 4),
+    }
+    (args.out / f"tiny-{chosen.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({k: record[k] for k in ("held_out_bits_per_byte", "sample_bits_per_byte", "minutes")}))
+
+
+if __name__ == "__main__":
+    main()
