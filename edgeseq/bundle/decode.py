@@ -232,7 +232,9 @@ class _Decoder:
             raise BundleError(f"graph {graph!r} writes to weights at {r.offset}")
         index = bisect_right(self.rows[f.TENSORS], r.offset, key=lambda t: t.offset) - 1
         if index < 0 or r.offset + r.bytes > self.tensor_ends[index]:
-            raise BundleError(f"graph {graph!r} passes {r.bytes} bytes at {r.offset} of weights, outside any one tensor")
+            raise BundleError(
+                f"graph {graph!r} passes {r.bytes} bytes at {r.offset} of weights, outside any one tensor"
+            )
         tensor = self.rows[f.TENSORS][index]
         return PlanArg("weights", "r", self.tensors[index].name, r.offset - tensor.offset, r.bytes)
 

@@ -157,9 +157,7 @@ def _kernels(plan: Plan, strings: Strings) -> tuple[list[Any], bytes]:
     return rows, bytes(code)
 
 
-def _launches(
-    graphs: list[PlanGraph], kernels: dict[str, int], tensor_offsets: dict[str, int]
-) -> dict[int, list[Any]]:
+def _launches(graphs: list[PlanGraph], kernels: dict[str, int], tensor_offsets: dict[str, int]) -> dict[int, list[Any]]:
     """LAUNCHES and ARGS records, graph after graph."""
     rows: list[Any] = []
     args: list[Any] = []

@@ -76,7 +76,9 @@ def _write_weights(plan: Plan, encoded: Encoded, file: BinaryIO, progress: Progr
 def _data(tensor: PlanTensor) -> memoryview:
     view = memoryview(tensor.data())
     if view.nbytes != tensor.nbytes or not view.c_contiguous:
-        raise BundleError(f"tensor {tensor.name!r} was announced with {tensor.nbytes} bytes but packed to {view.nbytes}")
+        raise BundleError(
+            f"tensor {tensor.name!r} was announced with {tensor.nbytes} bytes but packed to {view.nbytes}"
+        )
     return view
 
 

@@ -109,5 +109,3 @@ def test_a_bad_plan_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=sentence):
         write_plan(plan, tmp_path / "model.edgeseq")
     assert list(tmp_path.iterdir()) == []
-
-

@@ -62,7 +62,9 @@ def test_crossover_against_every_depth() -> None:
                 generator.randrange(200),
                 generator.randrange(50),
                 0,
-                tuple((generator.randrange(1, 5), generator.choice([0, 10, 40])) for _ in range(generator.randrange(3))),
+                tuple(
+                    (generator.randrange(1, 5), generator.choice([0, 10, 40])) for _ in range(generator.randrange(3))
+                ),
             )
             for _ in "ab"
         )

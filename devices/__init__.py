@@ -1,0 +1,1 @@
+"""Devices: what they are (`profiles/<device>.toml`) and how to reach them (`transports/<kind>.py`)."""

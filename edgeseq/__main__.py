@@ -1,0 +1,5 @@
+"""`python -m edgeseq`."""
+
+from edgeseq.cli import main
+
+main()

@@ -1,0 +1,27 @@
+"""`edgeseq compile`: an export becomes a bundle for one target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("compile")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="NAME", help="host, a device profile, or a target file.")
+@click.option("-o", "--out", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="Write the IR after each phase here.")
+@click.option("-j", "--jobs", metavar="N", type=click.IntRange(min=1), help="Worker processes; default one per core.")
+def command(directory: Path, target: str, out: Path, dump: Path | None, jobs: int | None) -> None:
+    """Compile an export for a target: `edgeseq list targets` and `edgeseq list devices` name them."""
+    from edgeseq.cli.progress import progress
+    from edgeseq.manifest import load_manifest
+
+    load_manifest(directory)
+    from edgeseq.compiler import compile_export
+
+    options = {} if jobs is None else {"jobs": jobs}
+    with progress() as show:
+        path = compile_export(directory, target, out, progress=show, dump=dump, **options)
+    click.echo(str(path))

@@ -1,0 +1,79 @@
+"""Profiles: those that ship are sound, malformed ones are refused by name, unknown names get near matches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devices.profile import load_profile, profile_names
+from devices.transports import open_transport, transport_kinds
+from edgeseq.errors import DeviceError, UsageError
+
+GOOD = 'description = "a board"\ntriple = "aarch64-linux-gnu"\ncpu = "cortex-a55"\n'
+
+
+def test_the_profiles_that_ship() -> None:
+    assert {"host", "raspberry-pi-5", "qemu-aarch64"} <= set(profile_names())
+    for name in profile_names():
+        profile = load_profile(name)
+        assert profile.name == name and profile.description
+        assert profile.transport in transport_kinds()
+    pi = load_profile("raspberry-pi-5")
+    assert (pi.arch, pi.cpu, pi.cores, pi.peak_bandwidth_gbs) == ("aarch64", "cortex-a76", 4, 17.1)
+    assert "LPDDR4X-4267" in pi.bandwidth_source
+
+
+def test_a_file_of_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "my-board.toml"
+    path.write_text(GOOD + 'pin = [4, 5]\n[transport]\nkind = "qemu"\nemulator = "qemu-aarch64-static"\n')
+    profile = load_profile(str(path))
+    assert (profile.name, profile.pin, profile.transport) == ("my-board", (4, 5), "qemu")
+    assert dict(profile.transport_options) == {"emulator": "qemu-aarch64-static"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (GOOD + "cors = 4\n", "unknown key 'cors'"),
+        (GOOD.replace("cpu", "core"), "lacks the key 'cpu'"),
+        (GOOD + 'cores = "four"\n', "cores is 'four'"),
+        (GOOD + "cores = true\n", "cores is True"),
+        (GOOD + "cores = -1\n", "cores is -1"),
+        (GOOD + "peak_bandwidth_gbs = nan\n", "peak_bandwidth_gbs is nan"),
+        (GOOD + "peak_bandwidth_gbs = 17\n", "without saying where it comes from"),
+        (GOOD + 'pin = ["a"]\n', "pin holds something"),
+        (GOOD + "pin = [-1]\n", "pin holds a negative"),
+        (GOOD.replace("cortex-a55", "cortex a55; rm"), "does not look like one"),
+        (GOOD.replace("aarch64-linux-gnu", "../x"), "does not look like one"),
+        (GOOD + "[transport]\nport = 1\n", "needs a 'kind'"),
+        ("description = ", "is not TOML"),
+        (GOOD + "# " + "x" * 70_000, "larger than any device profile"),
+    ],
+)
+def test_malformed(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    with pytest.raises(DeviceError, match=sentence):
+        load_profile(str(path))
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="no target or device called 'raspbery-pi-5'") as caught:
+        load_profile("raspbery-pi-5")
+    assert caught.value.hint == "did you mean raspberry-pi-5?" and caught.value.exit_code == 2
+    with pytest.raises(UsageError) as caught:
+        load_profile("zzz")
+    assert caught.value.hint.startswith("known: host, ")
+    with pytest.raises(UsageError) as caught:
+        load_profile("cuda-sm97", others=["cuda-sm87"])
+    assert "cuda-sm87" in caught.value.hint
+    with pytest.raises(UsageError, match="no device profile missing.toml"):
+        load_profile("missing.toml")
+
+
+def test_unknown_transport(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(GOOD + '[transport]\nkind = "pigeon"\n')
+    with pytest.raises(DeviceError, match="transport 'pigeon', which does not exist"):
+        open_transport(load_profile(str(path)))
