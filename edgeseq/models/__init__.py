@@ -27,5 +27,5 @@ def families() -> dict[str, Family]:
 def family(name: str) -> Family:
     """The family called `name`; raises SourceError that lists the known ones."""
     if name not in families():
-        raise SourceError(f"There is no model family {name!r}; the families are {', '.join(families())}.")
+        raise SourceError(f"There is no model family {name!r}; the families are {', '.join(families())}")
     return families()[name]

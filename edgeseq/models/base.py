@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class SequenceModel(nn.Module):
     uses_position: whether `advance` reads `position`; the exported graph has that input only then.
     """
 
-    uses_position: ClassVar[bool] = False
+    uses_position: ClassVar[bool] = True
     config: Any
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -57,16 +57,7 @@ class SequenceModel(nn.Module):
     def unparametrize(self) -> None:
         """Bake the values that `parametrize` rewrote."""
 
-    def signature(self, tokens: int, context: int) -> StepSignature:
-        """Inputs, outputs and state of one call that consumes `tokens` tokens."""
-        inputs = [TensorSpec("tokens", "int64", (1, tokens), "tokens")]
-        if self.uses_position:
-            inputs.append(TensorSpec("position", "int64", (1,), "position"))
-        logits = TensorSpec("logits", "float32", (1, 1, self.config.vocab_size), "logits")
-        return StepSignature(tokens, tuple(inputs), (logits,), self.state_slots(context))
 
-
-@runtime_checkable
 class StepModule(Protocol):
     """A step model with named inputs and outputs, for streams that are not tokens (audio frames, sensor rows).
 
@@ -82,14 +73,33 @@ class StepModule(Protocol):
 
 
 def signature_of(model: nn.Module, tokens: int, context: int) -> StepSignature:
-    """The signature of a token model or of a step model with named inputs; the latter has steps only."""
-    if isinstance(model, SequenceModel):
-        return model.signature(tokens, context)
-    if isinstance(model, StepModule):
-        if tokens != 1:
-            raise SourceError(f"A model with named inputs has steps only, but a chunk of {tokens} was asked for.")
-        return StepSignature(1, tuple(model.inputs), tuple(model.outputs), tuple(model.state_slots(context)))
-    raise SourceError(f"{type(model).__name__} has neither the token protocol nor named inputs and outputs.")
+    """Inputs, outputs and state of one call that consumes `tokens` steps.
+
+    A token model need not derive from SequenceModel: `advance`, `state_slots` and `config.vocab_size` suffice, and its
+    position counts as used unless it says `uses_position = False`. A model with named inputs has steps only.
+    """
+    if not callable(getattr(model, "advance", None)) or not callable(getattr(model, "state_slots", None)):
+        raise SourceError(f"{type(model).__name__} lacks advance() or state_slots()")
+    if hasattr(model, "inputs") or hasattr(model, "outputs"):
+        return _named_signature(model, tokens, context)
+    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocab, int):
+        raise SourceError(f"{type(model).__name__} has neither config.vocab_size nor named inputs and outputs")
+    inputs = [TensorSpec("tokens", "int64", (1, tokens), "tokens")]
+    if getattr(model, "uses_position", True):
+        inputs.append(TensorSpec("position", "int64", (1,), "position"))
+    logits = TensorSpec("logits", "float32", (1, 1, vocab), "logits")
+    return StepSignature(tokens, tuple(inputs), (logits,), tuple(model.state_slots(context)))
+
+
+def _named_signature(model: Any, tokens: int, context: int) -> StepSignature:
+    for field_name in ("inputs", "outputs"):
+        specs = getattr(model, field_name, None)
+        if not isinstance(specs, tuple) or not specs or not all(isinstance(s, TensorSpec) for s in specs):
+            raise SourceError(f"{type(model).__name__}.{field_name} is not a tuple of TensorSpec")
+    if tokens != 1:
+        raise SourceError(f"A model with named inputs has steps only, but a chunk of {tokens} was asked for")
+    return StepSignature(1, model.inputs, model.outputs, tuple(model.state_slots(context)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ class Checkpoint:
     config:      config.json -> config; raises SourceError naming the field it cannot honour.
     tensors:     config -> {our tensor name: StoredTensor}.
     aliases:     other spellings, tried when a name is absent: (stored name -> alternative name).
-    ignored:     stored names that are no parameters (buffers old checkpoints carry).
+    tied:        stored name -> our tensor it repeats when the config ties them; its values are compared.
+    ignored:     endings of stored names that are no parameters (buffers old checkpoints carry).
     """
 
     model_types: tuple[str, ...]
@@ -118,6 +129,7 @@ class Checkpoint:
     tensors: Callable[[Any], dict[str, StoredTensor]]
     recognise: Callable[[Mapping[str, Any]], bool] = lambda raw: False
     aliases: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "embed.weight"})
     ignored: tuple[str, ...] = ()
 
 

@@ -25,7 +25,7 @@ def gloss_lines(folder: Path) -> list[bytes]:
     for part in PARTS:
         path = folder / f"data.{part}"
         if not path.is_file():
-            raise UsageError(f"{path} does not exist.", "Install Debian's wordnet-base or name another --data folder.")
+            raise UsageError(f"{path} does not exist", "install Debian's wordnet-base or name another --data folder")
         for row in path.read_text("ascii", "replace").splitlines():
             if row.startswith("  "):  # the licence on top of each file
                 continue

@@ -58,9 +58,7 @@ def _selective_scan(
     return y, state
 
 
-@_selective_scan.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, past, dt_softplus, dt_min, dt_max):
-    return torch.empty_like(u), torch.empty_like(past)
+_selective_scan.register_fake(lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[8])))
 
 
 def selective_scan(
@@ -98,9 +96,7 @@ def _retention(
     return torch.stack(outputs, 1), state
 
 
-@_retention.register_fake
-def _(q, k, v, log_decay, past, num_heads, scale):
-    return torch.empty_like(v), torch.empty_like(past)
+_retention.register_fake(lambda *args: (torch.empty_like(args[2]), torch.empty_like(args[4])))
 
 
 def retention(
@@ -128,9 +124,7 @@ def _causal_conv(
     return y.contiguous(), full[:, x.shape[1] :].clone()
 
 
-@_causal_conv.register_fake
-def _(x, weight, bias, past, silu):
-    return torch.empty_like(x), torch.empty_like(past)
+_causal_conv.register_fake(lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[3])))
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
@@ -146,9 +140,7 @@ def _rms_norm(x: Tensor, weight: Optional[Tensor], eps: float) -> Tensor:  # noq
     return rms_norm_parallel(x, weight, eps)
 
 
-@_rms_norm.register_fake
-def _(x, weight, eps):
-    return torch.empty_like(x)
+_rms_norm.register_fake(lambda *args: torch.empty_like(args[0]))
 
 
 def rms_norm_parallel(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -178,9 +170,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bo
     return rotary_parallel(x, cos, sin, num_heads, interleaved)
 
 
-@_rotary.register_fake
-def _(x, cos, sin, num_heads, interleaved):
-    return torch.empty_like(x)
+_rotary.register_fake(lambda *args: torch.empty_like(args[0]))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
@@ -224,9 +214,9 @@ def _cached_attention(
     return o.contiguous(), present_k, present_v
 
 
-@_cached_attention.register_fake
-def _(q, k, v, past_k, past_v, position, num_heads, num_kv_heads, scale):
-    return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
+_cached_attention.register_fake(
+    lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[3]), torch.empty_like(args[4]))
+)
 
 
 def cached_attention(

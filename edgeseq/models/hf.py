@@ -8,7 +8,8 @@ from typing import Any
 
 from edgeseq.errors import SourceError
 
-LARGEST = 1 << 31
+LARGEST = (1 << 31) - 1
+MOST_LAYERS = 4096
 
 
 class ConfigReader:
@@ -16,25 +17,25 @@ class ConfigReader:
 
     def __init__(self, raw: Any, prefix: str = "") -> None:
         if not isinstance(raw, Mapping):
-            raise SourceError(f"config.json: {prefix.rstrip('.') or 'the file'} is no object, but {raw!r:.40}.")
+            raise SourceError(f"config.json: {prefix.rstrip('.') or 'the file'} is no object, but {raw!r:.40}")
         self.raw: Mapping[str, Any] = raw
         self.prefix = prefix
 
     def _refuse(self, name: str, value: Any, wanted: str) -> SourceError:
-        return SourceError(f"config.json: {self.prefix}{name} is {value!r:.60}, but must be {wanted}.")
+        return SourceError(f"config.json: {self.prefix}{name} is {value!r:.60}, but must be {wanted}")
 
     def get(self, name: str) -> Any:
         """The value, None when absent or null."""
         return self.raw.get(name)
 
-    def positive(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number >= `least`; required when there is no default."""
+    def positive(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
+        """A whole number from `least` to `most`; required when there is no default."""
         value = self.raw.get(name)
         value = default if value is None else value
         if value is None:
-            raise SourceError(f"config.json lacks {self.prefix}{name}.")
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
-            raise self._refuse(name, value, f"a whole number from {least} to {LARGEST - 1}")
+            raise SourceError(f"config.json lacks {self.prefix}{name}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._refuse(name, value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -42,7 +43,7 @@ class ConfigReader:
         value = self.raw.get(name)
         value = default if value is None else value
         if value is None:
-            raise SourceError(f"config.json lacks {self.prefix}{name}.")
+            raise SourceError(f"config.json lacks {self.prefix}{name}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self._refuse(name, value, "a positive number")
         return float(value)

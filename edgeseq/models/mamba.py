@@ -32,7 +32,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from edgeseq.models import functional as ops
 from edgeseq.models import parallel
 from edgeseq.models.base import Array, Checkpoint, Family, SequenceModel, StoredTensor, last_logits, normal
-from edgeseq.models.hf import ConfigReader
+from edgeseq.models.hf import MOST_LAYERS, ConfigReader
 from edgeseq.spec import StateSlot
 
 
@@ -106,6 +106,8 @@ class MambaLayer(nn.Module):
 class Mamba(SequenceModel):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`."""
 
+    uses_position = False
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
@@ -176,7 +178,7 @@ def _from_transformers(raw: Mapping[str, Any]) -> MambaConfig:
     return MambaConfig(
         vocab_size=r.positive("vocab_size", default=50280),
         d_model=d_model,
-        n_layers=r.positive("num_hidden_layers", default=32),
+        n_layers=r.positive("num_hidden_layers", default=32, most=MOST_LAYERS),
         d_inner=d_inner,
         d_state=r.positive("state_size", default=16),
         d_conv=r.positive("conv_kernel", default=4, least=2),
@@ -199,7 +201,7 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> MambaConfig:
     return MambaConfig(
         vocab_size=-(-vocab // multiple) * multiple,
         d_model=d_model,
-        n_layers=r.positive("n_layer"),
+        n_layers=r.positive("n_layer", most=MOST_LAYERS),
         d_inner=int(ssm.number("expand", 2) * d_model),
         d_state=ssm.positive("d_state", default=16),
         d_conv=ssm.positive("d_conv", default=4, least=2),

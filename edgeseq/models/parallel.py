@@ -32,7 +32,9 @@ class _ScanBlock(torch.autograd.Function):
         return decay, S
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, past: Tensor
+    ) -> tuple[Tensor, Tensor]:
         _, S = _ScanBlock.states(dt, dt * u, A, B, past)
         ctx.save_for_backward(u, dt, A, B, C, past)
         return (C[:, :, None, :] @ S).squeeze(2), S[-1].clone()

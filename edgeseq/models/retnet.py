@@ -49,7 +49,7 @@ class RetNetConfig:
 
     def __post_init__(self) -> None:
         if self.d_model % (2 * self.n_heads):
-            raise SourceError(f"A RetNet of width {self.d_model} has no {self.n_heads} heads of even width.")
+            raise SourceError(f"A RetNet of width {self.d_model} has no {self.n_heads} heads of even width")
 
     @property
     def d_key(self) -> int:
@@ -108,8 +108,6 @@ class RetNetLayer(nn.Module):
 
 class RetNet(SequenceModel):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`, `forward` also chunkwise."""
-
-    uses_position = True
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()

@@ -1,17 +1,32 @@
-"""Open a model source."""
+"""Where a model comes from: a Hugging Face directory, `zoo:NAME`, or `path/file.py:factory`.
+
+zoo:NAME is a public shape with seeded random weights (`zoo:mamba-130m`), a trained tiny model (`zoo:tiny-mamba`), or
+the KV-cached attention twin of either (`zoo:mamba-130m-twin`).
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from edgeseq.models.base import Array, SequenceModel
+from edgeseq.errors import SourceError, UsageError
+from edgeseq.models import families, family
+from edgeseq.models.base import Array, Family, SequenceModel
+from edgeseq.models.checkpoint import TensorFiles, open_directory
+from edgeseq.models.factory import make_module
+from edgeseq.models.twin import twin
 
 ZOO_WEIGHTS = Path(__file__).parent / "zoo_weights"
+Device = Literal["cpu", "meta"]
 
 
 def seeded_rng(owner: str, tensor: str) -> np.random.Generator:
@@ -20,6 +35,174 @@ def seeded_rng(owner: str, tensor: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def load_weights(model: SequenceModel, tensors: Mapping[str, Array]) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Array]) -> None:
     """Give every tensor of the model's state_dict its value, without copying; names and shapes must match."""
     model.load_state_dict({n: torch.from_numpy(a) for n, a in tensors.items()}, strict=True, assign=True)
+
+
+class Source:
+    """A model that can be built whole or read tensor by tensor.
+
+    name:      what the user wrote.
+    family:    the family's name, "custom" for a module of the user's own.
+    config:    the family's config dataclass, None for a custom module without one.
+    tokenizer: a tokenizer.json, "bytes" (a token is a byte), or None.
+    """
+
+    def __init__(self, name: str, family: str, config: Any, tokenizer: Path | Literal["bytes"] | None) -> None:
+        self.name, self.family, self.config, self.tokenizer = name, family, config, tokenizer
+
+    def build(self, device: Device = "cpu") -> nn.Module:
+        """The module in eval mode: on cpu with its weights, on meta with shapes only."""
+        raise NotImplementedError
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names in the model's state_dict (parameters and constants), tied tensors once."""
+        raise NotImplementedError
+
+    def tensor(self, name: str) -> Array:
+        """One tensor; float32, but for constants of integer type. Read-only: it may be a view of a file."""
+        raise NotImplementedError
+
+    def param_count(self) -> int:
+        """Parameters, tied ones once, constants not counted."""
+        return sum(p.numel() for p in self.build("meta").parameters())
+
+
+class FamilySource(Source):
+    """A family's model whose weights come from `read(name)`."""
+
+    def __init__(
+        self,
+        name: str,
+        record: Family,
+        config: Any,
+        tokenizer: Path | Literal["bytes"] | None,
+        read: Callable[[str, tuple[int, ...]], Array],
+    ) -> None:
+        super().__init__(name, record.name, config, tokenizer)
+        self.record, self._read = record, read
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(t.shape) for n, t in self.record.meta_model(self.config).state_dict().items()}
+
+    @cached_property
+    def _constants(self) -> dict[str, Array]:
+        return self.record.constants(self.config)
+
+    def build(self, device: Device = "cpu") -> SequenceModel:
+        model = self.record.meta_model(self.config)
+        if device == "cpu":
+            load_weights(model, {name: self.tensor(name) for name in self.tensor_names()})
+        return model
+
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def tensor(self, name: str) -> Array:
+        if name in self._constants:
+            return self._constants[name]
+        return self._read(name, self._shapes[name])
+
+
+class FactorySource(Source):
+    """A module made by the user's function."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        known = {f.model: f.name for f in families().values()}
+        super().__init__(name, known.get(type(module), "custom"), getattr(module, "config", None), None)
+        self.module = module
+        self.tokenizer = getattr(module, "tokenizer", None)
+        self._tensors: dict[str, torch.Tensor] = {}
+        seen = set()
+        for tensor_name, value in module.state_dict().items():
+            if value.numel() == 0 or value.data_ptr() not in seen:
+                self._tensors[tensor_name] = value
+            seen.add(value.data_ptr())
+
+    def build(self, device: Device = "cpu") -> nn.Module:
+        return self.module if device == "cpu" else copy.deepcopy(self.module).to("meta")
+
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def tensor(self, name: str) -> Array:
+        return self._tensors[name].detach().contiguous().numpy()
+
+
+def open_source(text: str) -> Source:
+    """Open a source by what the user wrote. UsageError for an unknown name or path, SourceError for a bad model."""
+    if text.startswith("zoo:"):
+        return _open_zoo(text.removeprefix("zoo:"))
+    module = re.fullmatch(r"(.+\.py):([A-Za-z_][A-Za-z0-9_]*)", text)
+    if module:
+        return FactorySource(text, make_module(Path(module[1]), module[2]))
+    path = Path(text)
+    if path.is_dir():
+        return _open_directory(path)
+    if path.exists():
+        hint = f"write {text}:FUNCTION" if path.suffix == ".py" else "name the directory that holds config.json"
+        raise UsageError(f"{text} is a file, not a model source", hint)
+    raise UsageError(f"{text} does not exist", "a source is a directory, zoo:NAME or path/file.py:factory")
+
+
+def _open_directory(directory: Path) -> FamilySource:
+    record, config, names, files = open_directory(directory)
+
+    def read(name: str, shape: tuple[int, ...]) -> Array:
+        return np.ascontiguousarray(names[name].convert(files.read(names[name].name)))
+
+    tokenizer = directory / "tokenizer.json"
+    return FamilySource(str(directory), record, config, tokenizer if tokenizer.is_file() else None, read)
+
+
+def random_source(
+    name: str, record: Family, config: Any, tokenizer: Path | Literal["bytes"] | None = None
+) -> FamilySource:
+    """Weights drawn from the name: the same name gives the same model everywhere."""
+
+    def read(tensor: str, shape: tuple[int, ...]) -> Array:
+        return record.random_tensor(config, tensor, shape, seeded_rng(name, tensor))
+
+    return FamilySource(name, record, config, tokenizer, read)
+
+
+def zoo_names() -> tuple[str, ...]:
+    """Every name that `zoo:` takes, twins aside."""
+    return tuple(n for f in families().values() for n in (f"tiny-{f.name}", *f.zoo))
+
+
+def _open_zoo(name: str) -> FamilySource:
+    if name.endswith("-twin"):
+        return twin_of(_open_zoo(name.removesuffix("-twin")))
+    for record in families().values():
+        if name == f"tiny-{record.name}":
+            return _tiny(record)
+        if name in record.zoo:
+            return random_source(f"zoo:{name}", record, record.zoo[name])
+    raise UsageError(f"The zoo has no {name!r}", f"it has {', '.join(zoo_names())}, and NAME-twin of each")
+
+
+def _tiny(record: Family) -> FamilySource:
+    path = ZOO_WEIGHTS / f"tiny-{record.name}.safetensors"
+    if not path.is_file():
+        raise SourceError(f"{path} is missing", f"train it with 'python -m edgeseq.models.train {record.name}'")
+    files = TensorFiles.single(path)
+
+    def read(name: str, shape: tuple[int, ...]) -> Array:
+        files.check(name, shape)
+        return files.read(name)
+
+    return FamilySource(f"zoo:tiny-{record.name}", record, record.tiny, "bytes", read)
+
+
+def twin_of(source: Source) -> FamilySource:
+    """The matched KV-cached attention model: the trained one for a trained tiny model, else seeded random weights."""
+    transformer = family("transformer")
+    if source.config is None:
+        raise SourceError(f"{source.name} has no config, so its twin's size is unknown")
+    config = twin(source.config)
+    if source.name.startswith("zoo:tiny-"):
+        return _tiny(transformer)
+    return random_source(f"{source.name}-twin", transformer, config, source.tokenizer)

@@ -30,7 +30,7 @@ HALF_FROM = 4096  # tensors with more elements are stored in float16
 
 @dataclass(frozen=True)
 class Recipe:
-    """batch sequences of `context` bytes at random offsets of the shuffled lines; AdamW, linear warm-up, cosine decay."""
+    """`batch` windows of `context` bytes at random offsets of the shuffled lines; AdamW, warm-up, cosine decay."""
 
     steps: int = 2400
     batch: int = 8
@@ -113,7 +113,9 @@ def bits_per_byte(model: SequenceModel, text: bytes, context: int) -> float:
     data = np.frombuffer(b"\n" + text, np.uint8).astype(np.int64)
     count = (len(data) - 1) // context
     windows = np.stack([data[i * context : (i + 1) * context + 1] for i in range(count)])
-    total = sum(cross_entropy(model, torch.from_numpy(w)).item() * len(w) for w in np.array_split(windows, -(-count // 16)))
+    total = sum(
+        cross_entropy(model, torch.from_numpy(w)).item() * len(w) for w in np.array_split(windows, -(-count // 16))
+    )
     return total / count / math.log(2)
 
 

@@ -32,7 +32,7 @@ from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
 from edgeseq.models import parallel, rotary
 from edgeseq.models.base import Array, Checkpoint, Family, SequenceModel, StoredTensor, last_logits, normal
-from edgeseq.models.hf import ConfigReader
+from edgeseq.models.hf import MOST_LAYERS, ConfigReader
 from edgeseq.spec import StateSlot
 
 
@@ -79,9 +79,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
-            raise SourceError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly.")
+            raise SourceError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
-            raise SourceError(f"A head width of {self.head_dim} is odd, so its channels cannot be rotated in pairs.")
+            raise SourceError(f"A head width of {self.head_dim} is odd, so its channels cannot be rotated in pairs")
 
 
 class TransformerLayer(nn.Module):
@@ -129,8 +129,6 @@ class TransformerLayer(nn.Module):
 class Transformer(SequenceModel):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`."""
 
-    uses_position = True
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -152,7 +150,7 @@ class Transformer(SequenceModel):
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
         if context < 1:
-            raise SourceError(f"A KV cache needs a context of at least one token, not {context}.", "Pass --context N.")
+            raise SourceError(f"A KV cache needs a context of at least one token, not {context}", "pass --context N")
         shape = (1, self.config.n_kv_heads, context, self.config.head_dim)
         return tuple(
             StateSlot(f"layers.{i}.{name}", "float32", shape, 0.0, "append", 2)
@@ -186,7 +184,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=r.positive("vocab_size"),
         d_model=d_model,
-        n_layers=r.positive("num_hidden_layers"),
+        n_layers=r.positive("num_hidden_layers", most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=r.positive("num_key_value_heads", default=n_heads),
         head_dim=r.positive("head_dim", default=d_model // n_heads, least=2),
@@ -214,7 +212,7 @@ def _rope(r: ConfigReader) -> RopeConfig:
         return RopeConfig(theta, kind, p.number("factor"))
     low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
     if low >= high:
-        raise SourceError(f"config.json: {nested}.low_freq_factor {low} is not below high_freq_factor {high}.")
+        raise SourceError(f"config.json: {nested}.low_freq_factor {low} is not below high_freq_factor {high}")
     return RopeConfig(theta, kind, p.number("factor"), low, high, p.positive("original_max_position_embeddings"))
 
 

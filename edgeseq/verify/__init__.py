@@ -1,0 +1,1 @@
+"""Comparing every stage with the one before."""

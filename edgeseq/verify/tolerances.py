@@ -1,0 +1,34 @@
+"""The one table of tolerances: every test and `edgeseq verify` compare with these numbers.
+
+An element may differ by at most relative * max(1, max|reference|). The parity of fp32 references with one another is
+2e-6 on that scale, so 1e-5 leaves room for another order of summation and none for a wrong formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgeseq.errors import UsageError
+
+# stage -> dtype of the arithmetic -> relative tolerance
+TABLE: dict[str, dict[str, float]] = {
+    "torch": {"float32": 1e-5},  # chunk and step forms against the whole-sequence form
+    "onnx": {"float32": 1e-5},  # a graph on stock onnxruntime against PyTorch
+    "runtime": {"float32": 1e-5},  # a bundle on a device against PyTorch
+}
+
+
+def tolerance(stage: str, dtype: str, ref: Any) -> float:
+    """The largest absolute difference from `ref` (array, NaN-free) that counts as equal.
+
+    stage: torch, onnx or runtime. dtype: of the arithmetic. Raises UsageError for a pair that the table lacks.
+    """
+    relative = TABLE.get(stage, {}).get(dtype)
+    if relative is None:
+        raise UsageError(
+            f"no tolerance is set for {dtype} at stage {stage!r}", "add it to edgeseq/verify/tolerances.py"
+        )
+    largest = float(np.max(np.abs(np.asarray(ref)), initial=0.0))
+    return relative * max(1.0, largest)
