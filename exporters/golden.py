@@ -1,0 +1,98 @@
+"""`golden.safetensors`: what PyTorch's whole-sequence form says about a fixed input, from the weights as stored.
+
+The weights are mapped from the file just written (float16 and bfloat16 ones widened one by one), so a float32 model of
+any size costs pages of the file and the activations of 48 tokens, never a second copy of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import Tensor, nn
+
+from edgeseq.errors import ExportError
+from edgeseq.models.base import SequenceModel
+from edgeseq.spec import StepSignature
+
+FILE = "golden.safetensors"
+LENGTH = 48
+SEED = 20240917
+TEXT = b"The state of a recurrent model does not grow with time."
+
+
+def write(directory: Path, model: nn.Module, signature: StepSignature, context: int, byte_level: bool) -> None:
+    """Write the golden of `model` (on the meta device) into an export directory that already has its weights.
+
+    Token models: `tokens` int64 [n] and `logits` float32 [n,V], n = 48 or the context if that is shorter. Other step
+    models: `input.<name>` and `output.<name>` [n,...], seeded Gaussian inputs, from steps (they have no other form).
+    """
+    load(model, directory / "weights.safetensors")
+    length = min(LENGTH, context) if context else LENGTH
+    with torch.no_grad():
+        if isinstance(model, SequenceModel):
+            tokens = _tokens(length, model.config.vocab_size, byte_level)
+            logits = model(torch.from_numpy(tokens)[None])[0]
+            tensors = {"tokens": tokens, "logits": np.ascontiguousarray(logits.float().numpy())}
+        else:
+            tensors = _steps(model, signature, length)
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise ExportError(f"PyTorch computes values in {name} that are not finite", "check the weights")
+    (directory / FILE).write_bytes(save(tensors))
+
+
+def load(model: nn.Module, path: Path) -> None:
+    """Give a meta model the weights of an export, mapped and widened to the model's own dtypes; tied ones stay tied."""
+    values: dict[Tensor, Tensor] = {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        for module_name, module in model.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    full = f"{module_name}.{name}" if module_name else name
+                    if tensor is not None and tensor not in values and full in stored:
+                        values[tensor] = file.get_tensor(full).to(tensor.dtype)
+    for module_name, module in model.named_modules():
+        _replace(module._parameters, values, module_name, lambda t: nn.Parameter(t, requires_grad=False))
+        _replace(module._buffers, values, module_name, lambda t: t)
+
+
+def _replace(table: dict, values: Mapping[Tensor, Tensor], module_name: str, wrap) -> None:
+    for name, tensor in table.items():
+        if tensor is None or not tensor.is_meta:
+            continue
+        if tensor not in values:
+            raise ExportError(
+                f"{module_name}.{name}".lstrip(".") + " has no stored value",
+                "a buffer that advance() reads must be in the state_dict or be made of Python numbers",
+            )
+        table[name] = wrap(values[tensor])
+
+
+def _tokens(length: int, vocabulary: int, byte_level: bool) -> NDArray[np.int64]:
+    if byte_level:
+        return np.frombuffer(TEXT[:length], np.uint8).astype(np.int64)
+    return np.random.default_rng(SEED).integers(0, vocabulary, length, np.int64)
+
+
+def _steps(model: nn.Module, signature: StepSignature, length: int) -> dict[str, NDArray]:
+    rng = np.random.default_rng(SEED)
+    state = [torch.full(s.shape, s.init, dtype=getattr(torch, s.dtype)) for s in signature.state]
+    recorded: dict[str, list[NDArray]] = {}
+    for _ in range(length):
+        inputs = [
+            torch.from_numpy(rng.standard_normal(s.shape).astype(np.float32)).to(getattr(torch, s.dtype))
+            for s in signature.inputs
+        ]
+        results = model.advance(*inputs, *state)  # type: ignore[operator]
+        outputs, state = results[: len(signature.outputs)], list(results[len(signature.outputs) :])
+        for kind, specs, values in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
+            for spec, value in zip(specs, values, strict=True):
+                recorded.setdefault(f"{kind}.{spec.name}", []).append(value.numpy()[0])
+    return {name: np.stack(arrays) for name, arrays in recorded.items()}

@@ -1,0 +1,261 @@
+"""`export`: a model source to an export directory. The stages, in order:
+
+| stage | function | file | artefact |
+|---|---|---|---|
+| open | edgeseq.models.source.open_source | models/source.py | module on the meta device |
+| trace | trace | trace.py | torch's ONNX graph per chunk length |
+| tidy | tidy | tidy.py | small graph with readable names |
+| store | store_as, plan, write | lower.py, weights.py | weights.safetensors |
+| save | point_to_file, save | lower.py | step.onnx, chunk<T>.onnx |
+| golden | write | golden.py | golden.safetensors |
+| declare | Manifest | edgeseq/spec.py | manifest.json |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseq.errors import ExportError, UsageError
+from edgeseq.files import new_directory
+from edgeseq.models.base import SequenceModel, signature_of
+from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
+from exporters import golden, lower, weights
+from exporters.tidy import tidy
+from exporters.trace import trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+    from edgeseq.models.source import Source
+
+FLAVOURS = ("onnx", "ort")
+QUANTS = ("none",)
+DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DEFAULT_CHUNKS = (8, 64)
+DEFAULT_CONTEXT = 2048
+MAX_CONTEXT = 1 << 20
+MAX_CHUNK = 4096
+
+Progress = Callable[[str, float], None]
+
+
+def export(
+    source: str | Source,
+    out: Path | str,
+    *,
+    flavour: str = "onnx",
+    quant: str = "none",
+    chunks: Sequence[int] | None = None,
+    context: int = DEFAULT_CONTEXT,
+    dtype: str = "fp32",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the step graph, the chunk graphs and one copy of the weights of `source` into the directory `out`.
+
+    flavour:  "onnx" (portable) or "ort" (com.microsoft twins where onnxruntime has a faster kernel).
+    chunks:   lengths of the chunk graphs; None means 8 and 64 as far as the context allows.
+    context:  longest sequence a growing state can hold; a model whose state does not grow ignores it (manifest: 0).
+    dtype:    storage of the matrices, "fp32", "fp16" or "bf16"; everything else stays float32, as does arithmetic.
+    progress: called with a stage and the fraction done, 0 to 1.
+    Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
+    appears whole or not at all; an earlier export there is replaced.
+    """
+    request = Request.checked(flavour, quant, chunks, context, dtype, progress)
+    if isinstance(source, str):
+        from edgeseq.models.source import open_source
+
+        source = open_source(source)
+    model = source.build("meta").eval()
+    signatures = _signatures(model, request)
+    with new_directory(Path(out), is_export, "export") as directory:
+        return _write(directory, source, model, signatures, request)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked options."""
+
+    flavour: str
+    quant: str
+    chunks: tuple[int, ...] | None
+    context: int
+    dtype: DType
+    report: Progress
+
+    @staticmethod
+    def checked(
+        flavour: str, quant: str, chunks: Sequence[int] | None, context: int, dtype: str, progress: Progress | None
+    ) -> Request:
+        for what, value, known in (("flavour", flavour, FLAVOURS), ("quant", quant, QUANTS), ("dtype", dtype, DTYPES)):
+            if value not in known:
+                raise UsageError(f"unknown {what} {value!r}", f"known are {', '.join(known)}")
+        if not 1 <= context <= MAX_CONTEXT:
+            raise UsageError(f"a context of {context} tokens is not possible", f"give 1 to {MAX_CONTEXT}")
+        if chunks is not None:
+            for chunk in chunks:
+                if not 2 <= chunk <= MAX_CHUNK:
+                    raise UsageError(
+                        f"a chunk of {chunk} tokens is not possible", f"give 2 to {MAX_CHUNK}; the step is always there"
+                    )
+            if len(set(chunks)) != len(chunks):
+                raise UsageError(f"chunk lengths {', '.join(map(str, chunks))} repeat", "give each length once")
+        return Request(
+            flavour, quant, None if chunks is None else tuple(sorted(chunks)), context, DTYPES[dtype],
+            progress or (lambda stage, fraction: None),
+        )  # fmt: skip
+
+
+def is_export(directory: Path) -> bool:
+    """Whether everything in `directory` is something that an export writes, so that replacing it loses nothing else."""
+    names = {path.name for path in directory.iterdir()}
+    own = {"manifest.json", "tokenizer.json", weights.FILE, golden.FILE}
+    return "manifest.json" in names and all(n in own or n == "step.onnx" or _is_chunk(n) for n in names)
+
+
+def _is_chunk(name: str) -> bool:
+    return name.startswith("chunk") and name.endswith(".onnx") and name[5:-5].isdigit()
+
+
+def _signatures(model: nn.Module, request: Request) -> list[StepSignature]:
+    """The step first, then the chunks. `context` is 0 in the manifest when the state does not depend on it."""
+    step = signature_of(model, 1, request.context)
+    if not isinstance(model, SequenceModel):
+        if request.chunks:
+            raise UsageError("a model with named inputs has steps only", "leave out --chunk")
+        return [step]
+    chunks = request.chunks
+    if _grows(model, request.context):
+        if chunks is not None and max(chunks, default=0) > request.context:
+            raise UsageError(
+                f"a chunk of {max(chunks)} tokens exceeds the context of {request.context}", "raise --context"
+            )
+        chunks = chunks or tuple(c for c in DEFAULT_CHUNKS if c <= request.context)
+    wanted = DEFAULT_CHUNKS if chunks is None else chunks
+    return [step, *(signature_of(model, tokens, request.context) for tokens in wanted)]
+
+
+def _grows(model: Any, context: int) -> bool:
+    return model.state_slots(context) != model.state_slots(context + 1)
+
+
+def _write(
+    directory: Path, source: Source, model: nn.Module, signatures: list[StepSignature], request: Request
+) -> Manifest:
+    graphs = []
+    for index, signature in enumerate(signatures):
+        request.report(f"tracing {signature.tokens} token(s)", index / (len(signatures) + 2))
+        graphs.append(_graph(model, signature, request))
+    done = len(signatures) / (len(signatures) + 2)
+    layout, constants = _layout(source, graphs)
+
+    written = 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal written
+        written += nbytes
+        share = written / max(1, layout.nbytes)
+        request.report("writing weights", done + share / (len(signatures) + 2))
+
+    def read(name: str) -> NDArray[Any]:
+        return constants[name] if name in constants else source.tensor(name)
+
+    digest = weights.write(directory / weights.FILE, layout, read, wrote)
+    files = []
+    for graph, signature in zip(graphs, signatures, strict=True):
+        file = "step.onnx" if signature.tokens == 1 else f"chunk{signature.tokens}.onnx"
+        lower.point_to_file(graph.graph, layout)
+        lower.save(graph, directory / file)
+        files.append(GraphFile(file, signature))
+    request.report("computing the golden outputs", (len(signatures) + 1) / (len(signatures) + 2))
+    context = request.context if _grows(model, request.context) else 0
+    params = sum(parameter.numel() for parameter in model.parameters())
+    golden.write(directory, model, signatures[0], context, source.tokenizer == "bytes")
+    config = dataclasses.asdict(source.config)
+    slots = [dataclasses.asdict(slot) for slot in signatures[0].state]
+    digest.update(json.dumps([config, slots], sort_keys=True).encode())
+    manifest = Manifest(
+        family=source.family.name,
+        source=source.name,
+        model_id=digest.hexdigest()[:32],
+        dtype=request.dtype,
+        quant=request.quant,
+        flavour=request.flavour,
+        context=context,
+        vocab_size=getattr(source.config, "vocab_size", 0),
+        params=params,
+        tokenizer=_tokenizer(source, directory),
+        graphs=tuple(files),
+        config=config,
+    )
+    manifest.save(directory)
+    request.report("done", 1.0)
+    return manifest
+
+
+def _graph(model: nn.Module, signature: StepSignature, request: Request) -> ir.Model:
+    graph = trace(model, signature, request.flavour, getattr(model, "uses_position", False))
+    tidy(graph, signature)
+    if request.dtype != "float32":
+        lower.store_as(graph.graph, lower.matrices(graph.graph), request.dtype)
+    return graph
+
+
+def _layout(source: Source, graphs: list[ir.Model]) -> tuple[weights.Layout, dict[str, NDArray[Any]]]:
+    """One file for all graphs: the source's tensors in its order, then large constants of the code."""
+    types: dict[str, tuple[DType, tuple[int, ...]]] = {}
+    for graph in graphs:
+        for name, stored in lower.stored_types(graph.graph).items():
+            if types.setdefault(name, stored) != stored:
+                raise ExportError(f"weight {name} is {types[name]} in one graph and {stored} in another")
+    names = list(source.tensor_names())
+    unknown = sorted(types.keys() - set(names))
+    if unknown:
+        raise ExportError(
+            f"the graph reads {unknown[0]}, which the source does not have",
+            "a buffer that advance() reads must be in the state_dict or be made of Python numbers",
+        )
+    constants: dict[str, NDArray[Any]] = {}
+    tensors = []
+    for name in names:
+        if name not in types:  # a weight that only training reads stays with its own type
+            array = source.tensor(name)
+            types[name] = (str(array.dtype), array.shape)  # type: ignore[assignment]
+        tensors.append((name, *types[name]))
+    for graph in graphs:
+        _lift_constants(graph.graph, constants)
+    tensors += [(name, str(array.dtype), array.shape) for name, array in constants.items()]  # type: ignore[misc]
+    return weights.plan(tensors), constants
+
+
+def _lift_constants(graph: ir.Graph, constants: dict[str, NDArray[Any]]) -> None:
+    """Large constants become weights; equal ones are stored once for all graphs."""
+    for value in lower.large_constants(graph).values():
+        assert value.const_value is not None and value.name is not None
+        array = np.ascontiguousarray(value.const_value.numpy())
+        name = next(
+            (n for n, known in constants.items() if known.dtype == array.dtype and np.array_equal(known, array)),
+            f"constant.{len(constants)}",
+        )
+        constants[name] = array
+        del graph.initializers[value.name]
+        value.name, value.const_value = name, None
+        graph.initializers[name] = value
+
+
+def _tokenizer(source: Source, directory: Path) -> str:
+    if source.tokenizer is None:
+        return "none"
+    if source.tokenizer == "bytes":
+        return "bytes"
+    shutil.copyfile(source.tokenizer, directory / "tokenizer.json")
+    return "tokenizer.json"

@@ -1,0 +1,162 @@
+"""PyTorch operators to ONNX nodes: the stateful ones, and the standard ones that ONNX can say more plainly.
+
+One function per operator; what is not here goes through torch.onnx's own table. All sizes are static.
+
+B batch, T tokens, C channels, H heads, Hk key/value heads, d head width, N rows of a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript.values import Opset
+
+from edgeseq.ops import DOMAIN, ONNX_OPSET, VERSION, register_all
+from exporters import contrib
+
+Translation = dict[Callable[..., Any], Callable[..., Any]]
+Value = Any  # a tensor of the graph under construction
+
+onnx_op = Opset("", ONNX_OPSET)
+
+
+def translations(flavour: str) -> Translation:
+    """The table for torch.onnx.export; `flavour` is "onnx" (portable) or "ort" (com.microsoft twins where faster)."""
+    import edgeseq.models.functional  # noqa: F401  registers the torch operators
+
+    register_all()
+    contrib.register()
+    ours = torch.ops.edgeseq
+    table: Translation = {
+        ours.selective_scan.default: selective_scan,
+        ours.retention.default: retention,
+        ours.causal_conv.default: causal_conv,
+        ours.rms_norm.default: rms_norm,
+        ours.rotary.default: rotary,
+        ours.cached_attention.default: cached_attention,
+        torch.ops.aten.linear.default: linear,
+        torch.ops.aten.silu.default: silu,
+        torch.ops.aten.slice.Tensor: slice_tensor,
+    }
+    if flavour == "ort":
+        table |= {ours.retention.default: retention_ort, ours.causal_conv.default: causal_conv_ort}
+    return table
+
+
+def selective_scan(
+    u: Value, dt: Value, A: Value, B: Value, C: Value, D: Value | None, z: Value | None, dt_bias: Value | None,
+    past: Value, dt_softplus: bool, dt_min: float, dt_max: float,
+) -> Value:  # fmt: skip
+    """ai.edgeseq.SelectiveScan, inputs in this order."""
+    return Opset(DOMAIN, VERSION).SelectiveScan(
+        u, dt, A, B, C, D, z, dt_bias, past,
+        dt_softplus=int(dt_softplus), dt_min=dt_min, dt_max=dt_max, _outputs=2,
+    )  # fmt: skip
+
+
+def retention(q: Value, k: Value, v: Value, log_decay: Value, past: Value, num_heads: int, scale: float) -> Value:
+    """ai.edgeseq.Retention, inputs in this order."""
+    return Opset(DOMAIN, VERSION).Retention(q, k, v, log_decay, past, num_heads=num_heads, scale=scale, _outputs=2)
+
+
+def retention_ort(q: Value, k: Value, v: Value, log_decay: Value, past: Value, num_heads: int, scale: float) -> Value:
+    """com.microsoft.LinearAttention, gated, with the decay repeated for every token [1,T,H]."""
+    decay = onnx_op.Expand(log_decay, ints([*static_shape(q)[:2], num_heads]))
+    return contrib.OPSET.LinearAttention(
+        q, k, v, past, decay,
+        update_rule="gated", q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale, _outputs=2,
+    )  # fmt: skip
+
+
+def causal_conv(x: Value, weight: Value, bias: Value | None, past: Value, silu: bool) -> Value:
+    """CausalConvWithState (27) is channels-first: x[B,T,C] and past[B,k-1,C] are transposed around it."""
+    y, present = onnx_op.CausalConvWithState(
+        swap(x), onnx_op.Unsqueeze(weight, ints([1])), bias, swap(past), activation=_activation(silu), _outputs=2
+    )
+    return swap(y), swap(present)
+
+
+def causal_conv_ort(x: Value, weight: Value, bias: Value | None, past: Value, silu: bool) -> Value:
+    """com.microsoft.CausalConvWithState has our layout as an option."""
+    return contrib.OPSET.CausalConvWithState(
+        x, onnx_op.Unsqueeze(weight, ints([1])), bias, past,
+        activation=_activation(silu), channels_last=1, _outputs=2,
+    )  # fmt: skip
+
+
+def rms_norm(x: Value, weight: Value | None, eps: float) -> Value:
+    """RMSNormalization (23) over the last axis; without a weight the scale is ones."""
+    if weight is None:
+        weight = onnx_op.Expand(onnx_op.Constant(value_float=1.0), ints(static_shape(x)[-1:]))
+    return onnx_op.RMSNormalization(x, weight, epsilon=eps, axis=-1)
+
+
+def rotary(x: Value, cos: Value, sin: Value, num_heads: int, interleaved: bool) -> Value:
+    """RotaryEmbedding (23) with one row of angles per token, so without position ids."""
+    return onnx_op.RotaryEmbedding(x, cos, sin, num_heads=num_heads, interleaved=int(interleaved))
+
+
+def cached_attention(
+    q: Value, k: Value, v: Value, past_k: Value, past_v: Value, position: Value,
+    num_heads: int, num_kv_heads: int, scale: float,
+) -> Value:  # fmt: skip
+    """TensorScatter (24) of the new rows, then Attention (24) over the whole cache with an external length.
+
+    is_causal is aligned to nonpad_kv_seqlen = position + T: query t sees rows 0..position+t.
+    """
+    tokens = static_shape(q)[1]
+    present_k = onnx_op.TensorScatter(past_k, heads(k, num_kv_heads), position, axis=2)
+    present_v = onnx_op.TensorScatter(past_v, heads(v, num_kv_heads), position, axis=2)
+    length = onnx_op.Add(position, ints([tokens]))
+    o = onnx_op.Attention(
+        heads(q, num_heads), present_k, present_v, None, None, None, length, is_causal=1, scale=scale, _outputs=1
+    )  # [B,H,T,d]
+    merged = onnx_op.Reshape(onnx_op.Transpose(o, perm=[0, 2, 1, 3]), ints(static_shape(q)))
+    return merged, present_k, present_v
+
+
+def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """MatMul(x, Transpose(weight)) and Add: the weight stays [out,in], as the state_dict has it."""
+    y = onnx_op.MatMul(x, onnx_op.Transpose(weight, perm=[1, 0]))
+    return y if bias is None else onnx_op.Add(y, bias)
+
+
+def silu(x: Value) -> Value:
+    """Mul(x, Sigmoid(x)): stock onnxruntime has no CPU kernel for Swish."""
+    return onnx_op.Mul(x, onnx_op.Sigmoid(x))
+
+
+def slice_tensor(x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Value:
+    """Slice with indices within the axis, and none at all where everything is taken."""
+    shape = static_shape(x)
+    dim %= len(shape)
+    first, last, _ = slice(start, end).indices(shape[dim])
+    if (first, last, step) == (0, shape[dim], 1):
+        return onnx_op.Identity(x)
+    steps = () if step == 1 else (ints([step]),)
+    return onnx_op.Slice(x, ints([first]), ints([last]), ints([dim]), *steps)
+
+
+def heads(x: Value, count: int) -> Value:
+    """[B,T,count*d] -> [B,count,T,d]."""
+    batch, tokens, width = static_shape(x)
+    return onnx_op.Transpose(onnx_op.Reshape(x, ints([batch, tokens, count, width // count])), perm=[0, 2, 1, 3])
+
+
+def swap(x: Value) -> Value:
+    """[B,T,C] <-> [B,C,T]."""
+    return onnx_op.Transpose(x, perm=[0, 2, 1])
+
+
+def ints(values: list[int]) -> Value:
+    return onnx_op.Constant(value_ints=values)
+
+
+def static_shape(x: Value) -> list[int]:
+    return [int(size) for size in x.shape]
+
+
+def _activation(silu: bool) -> str:
+    return "silu" if silu else "none"
