@@ -1,0 +1,120 @@
+"""`edgeseq list`: what there is. Each of these is a file in a folder; adding one is adding that file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Row = dict[str, Any]
+
+
+def _families() -> list[Row]:
+    from edgeseq.models import families
+
+    return [
+        {
+            "name": family.name,
+            "growth": family.growth,
+            "state_bytes": family.state_formula,
+            "ops": list(family.ops),
+            "loads": list(family.checkpoint.model_types) if family.checkpoint else [],
+            "zoo": [f"tiny-{family.name}", *family.zoo],
+        }
+        for family in families().values()
+    ]
+
+
+def _zoo() -> list[Row]:
+    from edgeseq.models import families
+
+    rows = []
+    for family in families().values():
+        for name, config in {f"tiny-{family.name}": family.tiny, **family.zoo}.items():
+            weights = "trained" if config is family.tiny else "random, seeded"
+            params = family.param_count(config)
+            rows.append({"name": f"zoo:{name}", "family": family.name, "params": params, "weights": weights})
+    return rows
+
+
+def _devices() -> list[Row]:
+    from devices.profile import load_profile, profile_names
+
+    return [
+        {
+            "name": profile.name,
+            "triple": profile.triple,
+            "cpu": profile.cpu,
+            "features": list(profile.features),
+            "cores": profile.cores,
+            "peak_bandwidth_gbs": profile.peak_bandwidth_gbs,
+            "bandwidth_source": profile.bandwidth_source,
+            "transport": profile.transport,
+            "description": profile.description,
+        }
+        for profile in map(load_profile, profile_names())
+    ]
+
+
+def _targets() -> list[Row]:
+    rows: list[Row] = [{"name": name, "what": what} for name, what in _target_files()]
+    known = {row["name"] for row in rows}
+    rows += [{"name": d["name"], "what": d["description"]} for d in _devices() if d["name"] not in known]
+    return sorted(rows, key=lambda row: str(row["name"]))
+
+
+def _target_files() -> list[tuple[str, str]]:
+    """Names and first lines of the compiler's target files, read without importing TVM."""
+    import ast
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("edgeseq")
+    found = []
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        for path in sorted(Path(root, "compiler", "targets").glob("[a-z]*.py")):
+            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+            if "TARGET" in path.read_text():
+                found.append((path.stem.replace("_", "-"), doc.partition("\n")[0].rstrip(".")))
+    return found
+
+
+LISTS: dict[str, Callable[[], list[Row]]] = {
+    "families": _families,
+    "targets": _targets,
+    "devices": _devices,
+    "zoo": _zoo,
+}
+SHOWN = {
+    "families": ("name", "growth", "state_bytes", "ops", "loads"),
+    "targets": ("name", "what"),
+    "devices": ("name", "triple", "cpu", "cores", "transport", "description"),
+    "zoo": ("name", "family", "params", "weights"),
+}
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(list(LISTS)))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def command(what: str, as_json: bool) -> None:
+    """List families, targets, devices or zoo models."""
+    rows = LISTS[what]()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    from edgeseq.cli.table import table
+
+    cells = [[_cell(row[key]) for key in SHOWN[what]] for row in rows]
+    click.echo(table(cells, [key.replace("_", " ") for key in SHOWN[what]], indent=""))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    if isinstance(value, int):
+        from edgeseq.cli.table import count
+
+        return count(value)
+    return str(value)
