@@ -29,16 +29,17 @@ TEXT = b"The state of a recurrent model does not grow with time."
 def write(directory: Path, model: nn.Module, signature: StepSignature, context: int, byte_level: bool) -> None:
     """Write the golden of `model` (on the meta device) into an export directory that already has its weights.
 
-    Token models: `tokens` int64 [n] and `logits` float32 [n,V], n = 48 or the context if that is shorter. Other step
-    models: `input.<name>` and `output.<name>` [n,...], seeded Gaussian inputs, from steps (they have no other form).
+    Token models: `tokens` int64 [n] and `logits` float32 [n,V], n = 48 or the context if that is shorter; a module of
+    the user's own that is no SequenceModel has no whole form and is stepped. Other step models: `input.<name>` and
+    `output.<name>` [n,...] from seeded Gaussian inputs.
     """
     load(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
     with torch.no_grad():
-        if isinstance(model, SequenceModel):
-            tokens = _tokens(length, model.config.vocab_size, byte_level)
-            logits = model(torch.from_numpy(tokens)[None])[0]
-            tensors = {"tokens": tokens, "logits": np.ascontiguousarray(logits.float().numpy())}
+        if any(spec.role == "tokens" for spec in signature.inputs):
+            tokens = _tokens(length, signature.outputs[0].shape[-1], byte_level)
+            logits = _whole(model, tokens) if isinstance(model, SequenceModel) else _stepped(model, signature, tokens)
+            tensors = {"tokens": tokens, "logits": logits}
         else:
             tensors = _steps(model, signature, length)
     for name, array in tensors.items():
@@ -81,9 +82,27 @@ def _tokens(length: int, vocabulary: int, byte_level: bool) -> NDArray[np.int64]
     return np.random.default_rng(SEED).integers(0, vocabulary, length, np.int64)
 
 
+def _whole(model: SequenceModel, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    logits = model(torch.from_numpy(tokens)[None])[0]
+    return np.ascontiguousarray(logits.to(torch.float32).numpy())
+
+
+def _stepped(model: nn.Module, signature: StepSignature, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    state, rows = _fresh_state(signature), []
+    for position, token in enumerate(tokens):
+        inputs = (torch.tensor([[token]]), torch.tensor([position]))
+        logits, *state = model.advance(*inputs, *state)  # type: ignore[operator]
+        rows.append(logits.to(torch.float32).numpy().reshape(-1))
+    return np.stack(rows)
+
+
+def _fresh_state(signature: StepSignature) -> list[Tensor]:
+    return [torch.full(s.shape, s.init, dtype=getattr(torch, s.dtype)) for s in signature.state]
+
+
 def _steps(model: nn.Module, signature: StepSignature, length: int) -> dict[str, NDArray]:
     rng = np.random.default_rng(SEED)
-    state = [torch.full(s.shape, s.init, dtype=getattr(torch, s.dtype)) for s in signature.state]
+    state = _fresh_state(signature)
     recorded: dict[str, list[NDArray]] = {}
     for _ in range(length):
         inputs = [

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgeseq.errors import ExportError, UsageError
 from edgeseq.files import new_directory
-from edgeseq.models.base import SequenceModel, signature_of
+from edgeseq.models.base import signature_of
 from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
 from exporters import golden, lower, weights
 from exporters.tidy import tidy
@@ -129,7 +129,7 @@ def _is_chunk(name: str) -> bool:
 def _signatures(model: nn.Module, request: Request) -> list[StepSignature]:
     """The step first, then the chunks. `context` is 0 in the manifest when the state does not depend on it."""
     step = signature_of(model, 1, request.context)
-    if not isinstance(model, SequenceModel):
+    if not any(spec.role == "tokens" for spec in step.inputs):
         if request.chunks:
             raise UsageError("a model with named inputs has steps only", "leave out --chunk")
         return [step]
@@ -180,18 +180,18 @@ def _write(
     context = request.context if _grows(model, request.context) else 0
     params = sum(parameter.numel() for parameter in model.parameters())
     golden.write(directory, model, signatures[0], context, source.tokenizer == "bytes")
-    config = dataclasses.asdict(source.config)
+    config = dataclasses.asdict(source.config) if dataclasses.is_dataclass(source.config) else {}
     slots = [dataclasses.asdict(slot) for slot in signatures[0].state]
     digest.update(json.dumps([config, slots], sort_keys=True).encode())
     manifest = Manifest(
-        family=source.family.name,
+        family=source.family,
         source=source.name,
         model_id=digest.hexdigest()[:32],
         dtype=request.dtype,
         quant=request.quant,
         flavour=request.flavour,
         context=context,
-        vocab_size=getattr(source.config, "vocab_size", 0),
+        vocab_size=_vocabulary(signatures[0]),
         params=params,
         tokenizer=_tokenizer(source, directory),
         graphs=tuple(files),
@@ -203,7 +203,7 @@ def _write(
 
 
 def _graph(model: nn.Module, signature: StepSignature, request: Request) -> ir.Model:
-    graph = trace(model, signature, request.flavour, getattr(model, "uses_position", False))
+    graph = trace(model, signature, request.flavour)
     tidy(graph, signature)
     if request.dtype != "float32":
         lower.store_as(graph.graph, lower.matrices(graph.graph), request.dtype)
@@ -250,6 +250,10 @@ def _lift_constants(graph: ir.Graph, constants: dict[str, NDArray[Any]]) -> None
         del graph.initializers[value.name]
         value.name, value.const_value = name, None
         graph.initializers[name] = value
+
+
+def _vocabulary(signature: StepSignature) -> int:
+    return next((spec.shape[-1] for spec in signature.outputs if spec.role == "logits"), 0)
 
 
 def _tokenizer(source: Source, directory: Path) -> str:

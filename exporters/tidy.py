@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from edgeseq.errors import ExportError
 from edgeseq.ops import DOMAIN, ONNX_OPSET, VERSION, all_ops
 from edgeseq.spec import StepSignature
 from exporters import contrib
@@ -47,7 +48,7 @@ def tidy(model: ir.Model, signature: StepSignature) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         clean(model)
-    _drop_unused_inputs(model.graph)
+    _drop_unused_position(model.graph, signature)
     _name_values(model.graph)
     _attach_functions(model)
     model.graph.name = f"advance{signature.tokens}"
@@ -100,8 +101,13 @@ def _merge_constants(graph: ir.Graph) -> None:
             del graph.initializers[value.name]
 
 
-def _drop_unused_inputs(graph: ir.Graph) -> None:
-    for value in [v for v in graph.inputs if v.name == "position" and not v.uses()]:
+def _drop_unused_position(graph: ir.Graph, signature: StepSignature) -> None:
+    declared = {spec.name for spec in signature.inputs}
+    for value in [v for v in graph.inputs if v.name == "position" and v.name not in declared]:
+        if value.uses():
+            raise ExportError(
+                "the model says that it does not use the position, but its graph reads it", "set uses_position = True"
+            )
         graph.inputs.remove(value)
 
 
@@ -122,6 +128,8 @@ def _name_values(graph: ir.Graph) -> None:
             layer = _layer_of(next(iter(stems)))
             if stem and all(_module_of(v, module) or v.is_initializer() for v in node.inputs if v is not None):
                 module.update(dict.fromkeys(node.outputs, stem))  # a reshaped weight still speaks for its module
+        while node.outputs[-1].name == "":  # an optional output that nobody reads
+            node.resize_outputs(len(node.outputs) - 1)
         base = ".".join(part for part in (stem or layer, node.op_type.lower()) if part)
         for index, output in enumerate(node.outputs):
             if output.name not in kept:

@@ -31,7 +31,7 @@ class _Advance(nn.Module):
         return tuple(self.model.advance(*args))
 
 
-def trace(model: nn.Module, signature: StepSignature, flavour: str, reads_position: bool) -> ir.Model:
+def trace(model: nn.Module, signature: StepSignature, flavour: str) -> ir.Model:
     """`model.advance` for `signature.tokens` steps as an ONNX model, values still under torch's names.
 
     model: on the meta device. Its parameters become initializers without a value, named as in its state_dict.
@@ -41,7 +41,7 @@ def trace(model: nn.Module, signature: StepSignature, flavour: str, reads_positi
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fake_weights(model)
         specs = [*signature.inputs]
-        if not reads_position and any(s.role == "tokens" for s in specs):
+        if {spec.role for spec in specs} == {"tokens"}:
             specs.append(TensorSpec("position", "int64", (1,), "position"))  # advance takes it all the same
         args = tuple(torch.empty(s.shape, dtype=getattr(torch, s.dtype)) for s in (*specs, *signature.state))
     with _quiet():

@@ -110,8 +110,8 @@ def cached_attention(
     present_k = onnx_op.TensorScatter(past_k, heads(k, num_kv_heads), position, axis=2)
     present_v = onnx_op.TensorScatter(past_v, heads(v, num_kv_heads), position, axis=2)
     length = onnx_op.Add(position, ints([tokens]))
-    o = onnx_op.Attention(
-        heads(q, num_heads), present_k, present_v, None, None, None, length, is_causal=1, scale=scale, _outputs=1
+    o, *_ = onnx_op.Attention(
+        heads(q, num_heads), present_k, present_v, None, None, None, length, is_causal=1, scale=scale
     )  # [B,H,T,d]
     merged = onnx_op.Reshape(onnx_op.Transpose(o, perm=[0, 2, 1, 3]), ints(static_shape(q)))
     return merged, present_k, present_v
