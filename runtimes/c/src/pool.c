@@ -1,0 +1,227 @@
+/* The threads of a model. A launch is posted on the board; every thread claims runs of its blocks from one ticket
+ * (compare-and-swap, shorter runs as fewer remain) so that fast and slow cores finish together. The caller waits for
+ * blocks, not for threads: a worker that got no core in time costs nothing.
+ *
+ * The ticket names its launch, so a claim by a thread that slept through launches fails; fields read between loading
+ * a ticket and swapping it are therefore those of its launch, and they are atomics because a late reader may look. */
+#include "es_internal.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { ES_POLLS = 4000, ES_YIELDS = 64, ES_STACK = 1 << 20 };
+
+struct es_i_worker {
+    es_i_pool *pool;
+    pthread_t thread;
+    int32_t core;
+    uint32_t state; /* 0 starting, 1 running, 2 cannot be pinned */
+};
+
+static void es_i_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("isb" ::: "memory"); /* `yield` is a no-op on most cores; isb waits some 30 cycles */
+#endif
+}
+
+uint32_t es_i_cores(void)
+{
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
+        return (uint32_t)CPU_COUNT(&set);
+#endif
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (uint32_t)n : 1;
+}
+
+int es_i_pin_self(int32_t core)
+{
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (core < 0 || core >= CPU_SETSIZE)
+        return -1;
+    CPU_SET((size_t)core, &set);
+    return sched_setaffinity(0, sizeof set, &set);
+#else
+    (void)core;
+    return -1;
+#endif
+}
+
+/* Runs blocks until none is unclaimed; returns how many. They all belong to one launch: the next is posted only when
+ * the count returned here has been added to `done`. */
+static uint32_t es_i_drain(const es_i_pool *pool)
+{
+    es_i_board *board = pool->board;
+    uint32_t finished = 0;
+    uint64_t ticket = __atomic_load_n(&board->ticket, __ATOMIC_ACQUIRE);
+    while ((uint32_t)ticket != 0) {
+        es_kernel_fn fn = __atomic_load_n(&board->fn, __ATOMIC_RELAXED);
+        void *const *args = __atomic_load_n(&board->args, __ATOMIC_RELAXED);
+        int32_t grid = __atomic_load_n(&board->grid, __ATOMIC_RELAXED);
+        uint32_t left = (uint32_t)ticket;
+        uint32_t take = left / (2 * pool->n_threads);
+        take = take > 0 ? take : 1;
+        if (!__atomic_compare_exchange_n(&board->ticket, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL,
+                                         __ATOMIC_ACQUIRE))
+            continue;
+        int32_t begin = grid - (int32_t)left;
+        fn(args, begin, begin + (int32_t)take);
+        finished += take;
+        ticket = __atomic_load_n(&board->ticket, __ATOMIC_ACQUIRE);
+    }
+    return finished;
+}
+
+static int es_i_work_waits(const es_i_pool *pool)
+{
+    return (uint32_t)__atomic_load_n(&pool->board->ticket, __ATOMIC_SEQ_CST) != 0;
+}
+
+/* Sleeps until es_i_wake or work. A worker counts itself before it looks at the ticket, and the poster posts before
+ * it looks at the count, both sequentially consistent: one of them sees the other. */
+static void es_i_doze(es_i_pool *pool)
+{
+    pthread_mutex_lock(&pool->sleep_lock);
+    uint32_t wakes = pool->wakes;
+    __atomic_add_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (pool->wakes == wakes && !es_i_work_waits(pool) && !__atomic_load_n(&pool->stop, __ATOMIC_RELAXED))
+        pthread_cond_wait(&pool->wake, &pool->sleep_lock);
+    if (pool->wakes == wakes)
+        __atomic_sub_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&pool->sleep_lock);
+}
+
+static void es_i_wake(es_i_pool *pool)
+{
+    pthread_mutex_lock(&pool->sleep_lock);
+    __atomic_store_n(&pool->sleepers, 0, __ATOMIC_SEQ_CST);
+    pool->wakes++;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->sleep_lock);
+}
+
+static void *es_i_worker_main(void *argument)
+{
+    struct es_i_worker *self = (struct es_i_worker *)argument;
+    es_i_pool *pool = self->pool;
+    int pinned = self->core < 0 || es_i_pin_self(self->core) == 0;
+    __atomic_store_n(&self->state, pinned ? 1u : 2u, __ATOMIC_RELEASE);
+    uint32_t idle = 0;
+    while (!__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) {
+        uint32_t finished = es_i_drain(pool);
+        if (finished > 0) {
+            __atomic_add_fetch(pool->done, finished, __ATOMIC_RELEASE);
+            idle = 0;
+        } else if (idle < pool->spin) {
+            idle++;
+            es_i_relax();
+        } else if (idle < pool->spin + ES_YIELDS) {
+            idle++;
+            sched_yield();
+        } else {
+            es_i_doze(pool);
+            idle = 0;
+        }
+    }
+    return NULL;
+}
+
+void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32_t grid)
+{
+    if (grid == 1 || pool->n_started == 0) {
+        fn(args, 0, grid);
+        return;
+    }
+    es_i_board *board = pool->board;
+    __atomic_store_n(pool->done, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&board->fn, fn, __ATOMIC_RELAXED);
+    __atomic_store_n(&board->args, args, __ATOMIC_RELAXED);
+    __atomic_store_n(&board->grid, grid, __ATOMIC_RELAXED);
+    pool->launch++;
+    __atomic_store_n(&board->ticket, (uint64_t)pool->launch << 32 | (uint32_t)grid, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST) > 0)
+        es_i_wake(pool);
+    uint32_t others = (uint32_t)grid - es_i_drain(pool);
+    for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++) {
+        if (polls < ES_POLLS)
+            es_i_relax();
+        else
+            sched_yield(); /* the worker may be waiting for this very core */
+    }
+}
+
+/* Waits until a worker runs; its core is then right or wrong. */
+static int es_i_worker_runs(const struct es_i_worker *worker)
+{
+    uint32_t state;
+    while ((state = __atomic_load_n(&worker->state, __ATOMIC_ACQUIRE)) == 0)
+        sched_yield();
+    return state == 1;
+}
+
+static es_status es_i_worker_start(es_i_pool *pool, uint32_t index, int32_t core, es_error *why)
+{
+    struct es_i_worker *worker = &pool->workers[index - 1];
+    worker->pool = pool;
+    worker->core = core;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0)
+        return es_i_fail(why, ES_E_THREAD, "thread %u of %u cannot be started", index, pool->n_threads);
+    (void)pthread_attr_setstacksize(&attributes, ES_STACK);
+    int failed = pthread_create(&worker->thread, &attributes, es_i_worker_main, worker);
+    (void)pthread_attr_destroy(&attributes);
+    if (failed)
+        return es_i_fail(why, ES_E_THREAD, "thread %u of %u cannot be started", index, pool->n_threads);
+    pool->n_started++;
+    if (!es_i_worker_runs(worker))
+        return es_i_fail(why, ES_E_CORE, "thread %u cannot be pinned to core %d", index, (int)core);
+    return ES_OK;
+}
+
+es_status es_i_pool_start(es_i_pool *pool, const es_options *options, es_error *why)
+{
+    memset(pool, 0, sizeof *pool);
+    char *line = pool->lines + (ES_LINE - (uintptr_t)pool->lines % ES_LINE) % ES_LINE;
+    pool->board = (es_i_board *)(void *)line;
+    pool->done = (uint32_t *)(void *)(line + ES_LINE);
+    uint32_t cores = es_i_cores();
+    uint32_t wanted = options->n_threads > 0 ? (uint32_t)options->n_threads : cores;
+    pool->n_threads = wanted < ES_THREADS_MAX ? wanted : ES_THREADS_MAX;
+    pool->spin = pool->n_threads > cores ? 0 : options->spin; /* spinning would keep the working threads waiting */
+    if (pool->spin > UINT32_MAX - ES_YIELDS)
+        pool->spin = UINT32_MAX - ES_YIELDS;
+    pool->first_core = options->n_cores > 0 ? options->cores[0] : -1;
+    if (pthread_mutex_init(&pool->sleep_lock, NULL) != 0)
+        return es_i_fail(why, ES_E_THREAD, "a mutex cannot be made");
+    if (pthread_cond_init(&pool->wake, NULL) != 0) {
+        pthread_mutex_destroy(&pool->sleep_lock);
+        return es_i_fail(why, ES_E_THREAD, "a condition variable cannot be made");
+    }
+    pool->workers = (struct es_i_worker *)calloc(pool->n_threads, sizeof *pool->workers);
+    es_status status = pool->workers != NULL ? ES_OK : es_i_fail(why, ES_E_HEAP, "no memory for the threads");
+    for (uint32_t i = 1; i < pool->n_threads && status == ES_OK; i++)
+        status = es_i_worker_start(pool, i, options->n_cores > 0 ? options->cores[i % options->n_cores] : -1, why);
+    if (status != ES_OK)
+        es_i_pool_stop(pool);
+    return status;
+}
+
+void es_i_pool_stop(es_i_pool *pool)
+{
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_SEQ_CST);
+    es_i_wake(pool);
+    for (uint32_t i = 0; i < pool->n_started; i++)
+        pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->sleep_lock);
+    free(pool->workers);
+    pool->workers = NULL;
+}

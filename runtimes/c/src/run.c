@@ -1,0 +1,113 @@
+/* Running graphs: prefill by chunks, steps, and the models whose steps are not tokens. */
+#include "es_internal.h"
+
+#include <string.h>
+
+static void es_i_integer_write(const es_session *session, const es_i_io *io, uint64_t index, int64_t value)
+{
+    uint8_t *base = session->io + io->offset;
+    if (io->dtype == ES_INT64) {
+        memcpy(base + index * sizeof value, &value, sizeof value);
+    } else {
+        int32_t narrow = (int32_t)value;
+        memcpy(base + index * sizeof narrow, &narrow, sizeof narrow);
+    }
+}
+
+static int64_t es_i_integer_read(const es_session *session, const es_i_io *io, uint64_t index)
+{
+    const uint8_t *base = session->io + io->offset;
+    int64_t wide;
+    int32_t narrow;
+    if (io->dtype == ES_INT64) {
+        memcpy(&wide, base + index * sizeof wide, sizeof wide);
+        return wide;
+    }
+    memcpy(&narrow, base + index * sizeof narrow, sizeof narrow);
+    return narrow;
+}
+
+void es_i_graph_run(es_session *session, uint32_t g, int outputs)
+{
+    es_model *model = session->model;
+    const es_i_plan *plan = &model->plan;
+    const es_i_graph *graph = &plan->graphs[g];
+    const es_i_roles *roles = &model->roles[g];
+    if (roles->position != NULL)
+        es_i_integer_write(session, roles->position, 0, (int64_t)session->position);
+    if (model->flags & ES_POISON)
+        memset(session->arena, 0xff, (size_t)graph->arena_bytes);
+    pthread_mutex_lock(&model->lock);
+    for (uint32_t i = 0; i < graph->n_launches; i++) {
+        const es_i_launch *launch = &plan->launches[graph->first_launch + i];
+        if (!outputs && (launch->flags & ES_LAUNCH_OUTPUTS_ONLY))
+            continue;
+        es_i_pool_launch(&model->pool, model->kernels->kernels[launch->kernel].fn, session->args + launch->first_arg,
+                         (int32_t)launch->grid[0]);
+    }
+    pthread_mutex_unlock(&model->lock);
+    session->position += graph->tokens;
+    session->logits =
+        outputs && roles->logits != NULL ? (const float *)(const void *)(session->io + roles->logits->offset) : NULL;
+}
+
+es_status es_i_room_check(const es_session *session, uint64_t n)
+{
+    uint64_t limit = session->model->limit;
+    return session->position > limit || n > limit - session->position ? ES_E_FULL : ES_OK;
+}
+
+static void es_i_chunk_run(es_session *session, uint32_t g, const int32_t *tokens, int outputs)
+{
+    const es_i_io *io = session->model->roles[g].tokens;
+    for (uint32_t i = 0; i < session->model->plan.graphs[g].tokens; i++)
+        es_i_integer_write(session, io, i, tokens[i]);
+    es_i_graph_run(session, g, outputs);
+}
+
+es_status es_prefill(es_session *session, const int32_t *tokens, size_t n)
+{
+    if (session == NULL || (tokens == NULL && n > 0))
+        return ES_E_NULL;
+    const es_i_plan *plan = &session->model->plan;
+    if (session->model->roles[0].tokens == NULL)
+        return ES_E_NO_TOKENS;
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= plan->vocab)
+            return ES_E_TOKEN;
+    es_status status = es_i_room_check(session, n);
+    if (status != ES_OK)
+        return status;
+    uint32_t g = plan->n_graphs - 1;
+    for (size_t done = 0; done < n; done += plan->graphs[g].tokens) {
+        while (plan->graphs[g].tokens > n - done)
+            g--;
+        es_i_chunk_run(session, g, tokens + done, done + plan->graphs[g].tokens == n);
+    }
+    return ES_OK;
+}
+
+es_status es_step(es_session *session, int32_t token)
+{
+    return es_prefill(session, &token, 1);
+}
+
+es_status es_run(es_session *session, uint32_t graph)
+{
+    if (session == NULL)
+        return ES_E_NULL;
+    const es_i_plan *plan = &session->model->plan;
+    if (graph >= plan->n_graphs)
+        return ES_E_RANGE;
+    uint32_t tokens = plan->graphs[graph].tokens;
+    const es_i_io *io = session->model->roles[graph].tokens;
+    for (uint32_t i = 0; io != NULL && i < tokens; i++) {
+        int64_t id = es_i_integer_read(session, io, i);
+        if (id < 0 || id >= (int64_t)plan->vocab)
+            return ES_E_TOKEN;
+    }
+    es_status status = es_i_room_check(session, tokens);
+    if (status == ES_OK)
+        es_i_graph_run(session, graph, 1);
+    return status;
+}
