@@ -1,0 +1,63 @@
+"""Random models of odd sizes, and the state copied through bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeseq.models import families
+from edgeseq.models.base import SequenceModel
+from edgeseq.models.mamba import MambaConfig
+from edgeseq.models.retnet import RetNetConfig
+from edgeseq.models.source import load_weights
+from edgeseq.models.transformer import RopeConfig, TransformerConfig
+from edgeseq.models.twin import family_of_config
+
+CONTEXT = 40
+LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
+CONFIGS = {
+    "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
+    "mamba-tiny": families()["mamba"].tiny,
+    "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
+    "retnet-tiny": families()["retnet"].tiny,
+    "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
+    "transformer-tiny": families()["transformer"].tiny,
+}
+
+
+def random_model(config: object, seed: int = 0) -> SequenceModel:
+    """Every parameter random, so that no default (zero bias, unit norm, equal decays) hides an error."""
+    family, rng = family_of_config(config), np.random.default_rng(seed)
+    model, constants = family.meta_model(config), family.constants(config)
+    tensors = {}
+    for name, shape in ((n, tuple(t.shape)) for n, t in model.state_dict().items()):
+        drawn = 0.15 * rng.standard_normal(shape)
+        if name.endswith("norm"):
+            drawn = 1.0 + drawn
+        elif name.endswith(".A"):
+            drawn = -np.exp(0.5 + 3.0 * drawn)
+        elif name.endswith("dt_bias"):
+            drawn = rng.uniform(-9.0, 0.0, shape)
+        tensors[name] = constants.get(name, drawn.astype(np.float32))
+    load_weights(model, tensors)
+    return model
+
+
+def through_bytes(state: list[Tensor]) -> list[Tensor]:
+    """Save and load a state as a host would: raw bytes, shape and dtype."""
+    saved = [(t.numpy().tobytes(), tuple(t.shape), t.numpy().dtype) for t in state]
+    return [torch.from_numpy(np.frombuffer(data, dtype).reshape(shape).copy()) for data, shape, dtype in saved]
+
+
+@torch.no_grad()
+def run_cut(model: SequenceModel, tokens: Tensor, cuts: list[int], context: int = CONTEXT) -> dict[int, Tensor]:
+    """Logits [B,V] by index of the last token of each piece, with the state saved and loaded between pieces."""
+    state, found, start = model.initial_state(tokens.shape[0], context), {}, 0
+    for end in [*cuts, tokens.shape[1]]:
+        if end <= start:
+            continue
+        position = torch.full((tokens.shape[0],), start)
+        logits, *state = model.advance(tokens[:, start:end], position, *through_bytes(state))
+        found[end - 1], start = logits[:, 0], end
+    return found

@@ -1,0 +1,137 @@
+"""step = chunk = whole sequence, for every family, under random cuts."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeseq.models.base import SequenceModel
+from edgeseq.verify.tolerances import tolerance
+from tests.models.support import CONFIGS, CONTEXT, random_model, run_cut
+
+TOKENS = 37
+names = pytest.mark.parametrize("name", CONFIGS)
+
+
+@functools.cache
+def case(name: str) -> tuple[SequenceModel, torch.Tensor, torch.Tensor]:
+    model = random_model(CONFIGS[name])
+    tokens = torch.randint(0, model.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model, tokens, model(tokens)
+
+
+def assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    worst = np.abs((got - want).numpy()).max(initial=0.0)
+    assert worst <= tolerance("torch", "float32", want), worst
+
+
+@names
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(cuts=st.lists(st.integers(1, TOKENS - 1), max_size=8).map(sorted))
+def test_any_cut_equals_the_whole_sequence(name: str, cuts: list[int]) -> None:
+    model, tokens, whole = case(name)
+    for last, logits in run_cut(model, tokens, cuts).items():
+        assert_equal(logits, whole[:, last])
+
+
+@names
+def test_steps_equal_the_whole_sequence(name: str) -> None:
+    model, tokens, whole = case(name)
+    found = run_cut(model, tokens, list(range(1, TOKENS)))
+    assert_equal(torch.stack([found[t] for t in range(TOKENS)], 1), whole)
+
+
+@names
+def test_the_reference_is_not_degenerate(name: str) -> None:
+    """Equality above means something: logits vary over tokens and over the vocabulary."""
+    whole = case(name)[2]
+    assert torch.isfinite(whole).all()
+    assert whole.std(-1).min() > 1e-2
+    assert (whole[:, 1:] - whole[:, :-1]).abs().amax(-1).min() > 1e-2
+
+
+@names
+def test_rows_of_a_batch_are_independent(name: str) -> None:
+    model, tokens, whole = case(name)
+    other = tokens.clone()
+    other[1] = (other[1] + 1) % model.config.vocab_size
+    assert_equal(run_cut(model, other, [5, 6, 20])[TOKENS - 1][0], whole[0, -1])
+    assert not torch.equal(run_cut(model, other, [5])[TOKENS - 1][1], whole[1, -1])
+
+
+@names
+@pytest.mark.parametrize("changed", [0, 11, TOKENS - 1])
+def test_no_token_sees_a_later_one(name: str, changed: int) -> None:
+    model, tokens, whole = case(name)
+    other = tokens.clone()
+    other[:, changed] = (other[:, changed] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        logits = model(other)
+    assert_equal(logits[:, :changed], whole[:, :changed])
+    assert (logits[:, changed] - whole[:, changed]).abs().max() > 1e-2
+
+
+@names
+def test_a_longer_context_changes_nothing(name: str) -> None:
+    model, tokens, _ = case(name)
+    short, long = (run_cut(model, tokens, [7], context)[TOKENS - 1] for context in (TOKENS, 3 * CONTEXT))
+    assert_equal(long, short)
+
+
+@pytest.mark.parametrize("name", ["transformer-gqa", "transformer-tiny"])
+def test_rows_of_the_cache_beyond_the_position_are_never_read(name: str) -> None:
+    model, tokens, whole = case(name)
+    state = [torch.full_like(t, torch.nan) for t in model.initial_state(2, CONTEXT)]
+    with torch.no_grad():
+        for start in range(0, TOKENS - 2, 5):
+            logits, *state = model.advance(tokens[:, start : start + 5], torch.full((2,), start), *state)
+            assert_equal(logits[:, 0], whole[:, start + 4])
+
+
+def test_streams_of_one_batch_may_stand_at_different_positions() -> None:
+    model, tokens, whole = case("transformer-gqa")
+    state = model.initial_state(2, CONTEXT)
+    with torch.no_grad():
+        _, *first = model.advance(tokens[:, :9], torch.tensor([0, 0]), *state)
+        _, *second = model.advance(tokens[:, :4], torch.tensor([0, 0]), *state)
+        mixed = [torch.stack([a[0], b[1]]) for a, b in zip(first, second, strict=True)]
+        following = torch.stack([tokens[0, 9:12], tokens[1, 4:7]])
+        logits, *_ = model.advance(following, torch.tensor([9, 4]), *mixed)
+    assert_equal(logits[0, 0], whole[0, 11])
+    assert_equal(logits[1, 0], whole[1, 6])
+
+
+def test_a_full_cache_is_an_error() -> None:
+    model, tokens, _ = case("transformer-tiny")
+    with torch.no_grad(), pytest.raises(IndexError, match="holds 8 tokens"):
+        model.advance(tokens[:, :4], torch.tensor([5, 5]), *model.initial_state(2, 8))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, TOKENS, 100])
+@pytest.mark.parametrize("name", ["retnet-odd", "retnet-tiny"])
+def test_retnet_chunkwise_equals_parallel(name: str, chunk: int) -> None:
+    model, tokens, whole = case(name)
+    with torch.no_grad():
+        assert_equal(model(tokens, chunk=chunk), whole)
+
+
+@names
+def test_declared_state_is_what_advance_returns(name: str) -> None:
+    model, tokens, _ = case(name)
+    slots = model.state_slots(CONTEXT)
+    assert len({slot.name for slot in slots}) == len(slots)
+    with torch.no_grad():
+        logits, *state = model.advance(
+            tokens[:1, :3], torch.zeros(1, dtype=torch.int64), *model.initial_state(1, CONTEXT)
+        )
+    assert logits.shape == (1, 1, model.config.vocab_size)
+    assert [(tuple(t.shape), str(t.dtype)) for t in state] == [(s.shape, f"torch.{s.dtype}") for s in slots]
+    growing = "append" in {slot.update for slot in slots}
+    assert growing == (sum(s.nbytes for s in model.state_slots(2 * CONTEXT)) > sum(s.nbytes for s in slots))
