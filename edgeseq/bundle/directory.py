@@ -12,6 +12,7 @@ from typing import Any
 from edgeseq.bundle import format as f
 from edgeseq.bundle.ledger import ledger, memory_need
 from edgeseq.bundle.plan import Plan
+from edgeseq.errors import UsageError
 from edgeseq.files import new_directory
 
 FACTS_FILE = "bundle.json"
@@ -61,3 +62,10 @@ def write_facts(plan: Plan, plan_id: int, directory: Path) -> None:
     """Write `bundle.json`."""
     text = json.dumps(bundle_facts(plan, plan_id), indent=1, sort_keys=True)
     (directory / FACTS_FILE).write_text(text + "\n")
+
+
+def require_bundle(path: Path) -> Path:
+    """`path` if it is a bundle directory; UsageError if there is none."""
+    if not is_bundle(path):
+        raise UsageError(f"{path} is not a bundle directory", "make one with 'edgeseq compile'")
+    return path

@@ -14,7 +14,10 @@ import click
 @click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="Write the IR after each phase here.")
 @click.option("-j", "--jobs", metavar="N", type=click.IntRange(min=1), help="Worker processes; default one per core.")
 def command(directory: Path, target: str, out: Path, dump: Path | None, jobs: int | None) -> None:
-    """Compile an export for a target: `edgeseq list targets` and `edgeseq list devices` name them."""
+    """Compile an export for a target.
+
+    `edgeseq list targets` names the targets; a path to a device profile of your own works too.
+    """
     from edgeseq.cli.progress import progress
     from edgeseq.manifest import load_manifest
 

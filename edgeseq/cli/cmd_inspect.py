@@ -23,7 +23,10 @@ DEPTHS = (0, 128, 1 << 10, 8 << 10, 64 << 10, 1 << 20)
 @click.option("--context", metavar="N,…", type=Ints(suffix=True), default=DEPTHS, help="Depths to tabulate.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, context: tuple[int, ...], as_json: bool) -> None:
-    """Show the plan, the bytes per token, the state and the memory need of a bundle; the graphs of an export."""
+    """Show what a bundle or an export holds.
+
+    Of a bundle: the plan, bytes per token, state, memory need. Of an export: graphs, operators, state.
+    """
     from edgeseq.bundle.directory import is_bundle
 
     if is_bundle(path) or path.is_file():

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[..., None]
 
 
 @contextmanager
 def progress() -> Iterator[Progress | None]:
-    """Yield progress(what, done, total) that draws on stderr, or None where stderr is no terminal.
+    """Yield progress(what, done, total=1) that draws on stderr, or None where stderr is no terminal.
 
     total = 0 means that the end is not known: the line then only says what is being done.
     """
@@ -32,7 +32,7 @@ def progress() -> Iterator[Progress | None]:
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, object] = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: float, total: float = 1) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total or None)
             bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
