@@ -5,6 +5,7 @@ Source of the pass order: tvm/s_tir/pipeline.py of TVM 0.27, without MakePackedA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from . import mathlib
@@ -36,14 +37,24 @@ def _passes(target: TvmTarget) -> list:
     ]
 
 
-def lower(func: PrimFunc, target: TvmTarget) -> PrimFunc:
-    """One scheduled or hand-built PrimFunc through the passes, transcendentals expanded, ready for LLVM."""
+def passes(target: TvmTarget) -> Callable[[IRModule], IRModule]:
+    """The passes up to, but without, the lowering of intrinsics."""
+    return module_pass_sequence(_passes(target))
+
+
+def finish(func: PrimFunc) -> PrimFunc:
+    """Intrinsics lowered and transcendentals expanded: ready for LLVM."""
     name = str(func.attrs["global_symbol"])
-    module = module_pass_sequence(_passes(target))(IRModule({name: func}))
-    (lowered,) = module.functions.values()
-    module = module_pass_sequence([tirx.transform.LowerIntrin()])(IRModule({name: mathlib.mark(lowered)}))
+    module = module_pass_sequence([tirx.transform.LowerIntrin()])(IRModule({name: mathlib.mark(func)}))
     (lowered,) = module.functions.values()
     return mathlib.expand(lowered).with_attr("global_symbol", name)
+
+
+def lower(func: PrimFunc, target: TvmTarget) -> PrimFunc:
+    """One hand-built PrimFunc through all of it."""
+    name = str(func.attrs["global_symbol"])
+    (lowered,) = passes(target)(IRModule({name: func})).functions.values()
+    return finish(lowered.with_attr("global_symbol", name))
 
 
 def emit_object(funcs: list[PrimFunc], target: TvmTarget, path: Path, assembly: Path | None = None) -> None:

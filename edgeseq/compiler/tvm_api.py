@@ -15,11 +15,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target as TvmTarget
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
-from tvm_ffi.structural import structural_map
+from tvm_ffi.structural import structural_hash, structural_map
 
 __all__ = [
     "IRBuilder", "IRModule", "PointerType", "PrimFunc", "PrimType", "T", "TvmCall", "TvmTarget",
-    "get_global_func", "module_pass_sequence", "onnx_frontend", "relax", "s_tir", "structural_map", "tirx", "tvm",
+    "get_global_func", "module_pass_sequence", "onnx_frontend", "relax", "s_tir", "structural_hash", "structural_map", "tirx", "tvm",
 ]  # fmt: skip
 
 get_global_func = tvm.get_global_func

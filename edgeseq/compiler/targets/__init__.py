@@ -1,0 +1,77 @@
+"""Targets: what code is made for. One file per instruction-set family, found by the first part of a triple.
+
+A device profile names a triple, a core and features; the file `targets/<arch>.py` turns them into a Target.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from devices.profile import load_profile
+from edgeseq.errors import CompileError
+
+if TYPE_CHECKING:
+    from devices.profile import Profile
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the compiler and the linker need to know.
+
+    llvm:      TVM's target dictionary.
+    shared:    zig triple of libmodel.so; static: zig triple of the self-contained device driver.
+    features:  instruction sets the kernels use; the runtime refuses a CPU that lacks one.
+    gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
+    """
+
+    name: str
+    llvm: dict[str, Any] = field(hash=False)
+    shared: str
+    static: str
+    features: tuple[str, ...]
+    gemm_tile: tuple[int, int]
+
+    def facts(self) -> dict[str, Any]:
+        """For the bundle's metadata."""
+        return {"name": self.name, "triple": self.shared, "cpu": self.llvm["mcpu"], "features": list(self.features)}
+
+
+def families() -> list[str]:
+    """Instruction-set families that have a file here."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def resolve(name: str) -> Target:
+    """The target called `name`: `host`, a device profile, or a profile file. Raises UsageError, CompileError."""
+    profile = load_profile(name)
+    arch = _host_arch() if profile.triple == "auto" else profile.arch
+    if arch not in families():
+        raise CompileError(f"{name}: no code generator for {arch}", f"known: {', '.join(families())}")
+    target: Target = importlib.import_module(f"{__name__}.{arch}").make(profile)
+    return target
+
+
+def _host_arch() -> str:
+    import platform
+
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def cpu_of(profile: Profile) -> str:
+    """LLVM's name of the profile's core."""
+    from ..tvm_api import get_global_func
+
+    return str(get_global_func("target.llvm_get_system_cpu")()) if profile.cpu == "auto" else profile.cpu
+
+
+def llvm_features(llvm: dict[str, Any]) -> set[str]:
+    """What LLVM will use for this target. Raises CompileError for a core LLVM does not know."""
+    from ..tvm_api import TvmTarget, get_global_func
+
+    known = get_global_func("target.llvm_get_cpu_archlist")(TvmTarget({k: v for k, v in llvm.items() if k != "mcpu"}))
+    if llvm["mcpu"] not in set(map(str, known)):
+        raise CompileError(f"LLVM does not know the core '{llvm['mcpu']}'", "use a name from `llc -mcpu=help`")
+    return set(map(str, get_global_func("target.llvm_get_cpu_features")(TvmTarget(llvm))))

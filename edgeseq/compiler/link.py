@@ -1,0 +1,48 @@
+"""Kernels and the C runtime to libmodel.so, libmodel.a and the static device driver, by zig for any target."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from edgeseq.errors import CompileError
+from runtimes import C_DIR
+
+from .targets import Target
+
+FLAGS = ["-std=c99", "-O2", "-g0", "-fno-sanitize=all", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def link(target: Target, kernels: Path, table: Path, out: Path) -> None:
+    """Write libmodel.so, libmodel.a, edgeseq.h and edgeseq-device into `out`. Raises CompileError with zig's words."""
+    include = ["-I", str(C_DIR / "include")]
+    sources = [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
+    exports = out / "exports.map"
+    exports.write_text("{ global: es_*; local: *; };\n")
+    common = [*FLAGS, *include, *sources, str(table), str(kernels)]
+    _zig("cc", "-target", target.shared, "-shared", "-fPIC", "-s", f"-Wl,--version-script={exports}",
+         "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, "-lpthread", "-lm")  # fmt: skip
+    exports.unlink()
+    _archive(target, sources, include, kernels, table, out)
+    tool = C_DIR / "tools" / "edgeseq_device.c"
+    if tool.is_file():
+      _zig("cc", "-target", target.static, "-static", "-s", "-o", str(out / "edgeseq-device"), str(tool), *common)
+    (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
+
+
+def _archive(target: Target, sources: list[str], include: list[str], kernels: Path, table: Path, out: Path) -> None:
+    """libmodel.a, for apps that link statically."""
+    objects = []
+    for source in [*sources, str(table)]:
+        obj = kernels.parent / (Path(source).stem + ".o")
+        _zig("cc", "-target", target.shared, "-c", "-fPIC", *FLAGS, *include, source, "-o", str(obj))
+        objects.append(str(obj))
+    _zig("ar", "rcsD", str(out / "libmodel.a"), *objects, str(kernels))
+
+
+def _zig(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "ziglang", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise CompileError(f"zig {arguments[0]} failed: {words[0] if words else 'no message'}", "; ".join(words[1:4]))

@@ -1,0 +1,271 @@
+"""One ONNX graph to kernel calls in order: rules claim what they know, TVM fuses the rest, views cost nothing."""
+
+from __future__ import annotations
+
+import math
+
+from edgeseq.errors import CompileError
+from edgeseq.spec import DTYPE_BYTES, StepSignature
+
+from . import generic
+from .graph import Graph, Node, Weight
+from .ir import Arg, Call, GenericRef, KernelRef, Storage, Value
+from .kernels.copy import Copy
+from .pack import packed_shape
+from .rules import Claim, rules_by_op
+from .targets import Target
+from .tvm_api import structural_hash
+from .views import VIEW_OPS, view_of
+
+
+class Memory:
+    """Storages that every graph of a model shares: weights by (name, layout), state slots, inputs and outputs."""
+
+    def __init__(self) -> None:
+        self.weights: dict[tuple[str, str], Storage] = {}
+        self.sources: dict[str, Weight] = {}
+        self.state: dict[str, Storage] = {}
+        self.io: dict[str, Storage] = {}
+
+    def weight(self, source: Weight, layout: str) -> Storage:
+        nbytes = math.prod(packed_shape(layout, source.shape)) * DTYPE_BYTES[source.dtype]
+        self.sources[source.name] = source
+        return self.weights.setdefault((source.name, layout), Storage("weight", source.name, nbytes, layout))
+
+    def slot(self, name: str, nbytes: int) -> Storage:
+        return self.state.setdefault(name, Storage("state", name, nbytes))
+
+    def port(self, name: str, nbytes: int) -> Storage:
+        storage = self.io.setdefault(name, Storage("io", name, nbytes))
+        storage.nbytes = max(storage.nbytes, nbytes)
+        return storage
+
+
+class Lowering:
+    """The working state for one graph; `calls` is the result. The methods below are what rules use."""
+
+    def __init__(self, graph: Graph, signature: StepSignature, memory: Memory, target: Target) -> None:
+        self.graph, self.signature, self.memory, self.target = graph, signature, memory, target
+        self.calls: list[Call] = []
+        self.arena: list[Storage] = []
+        self._values: dict[str, Value] = {}
+        self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
+        for name in graph.inputs:
+            self._define_input(name)
+
+    # what rules read
+
+    def value(self, name: str) -> Value:
+        """The tensor `name`, through views where it has no memory of its own."""
+        if name not in self._values:
+            if name in self.graph.weights:
+                return self.weight(name, "plain")
+            node = self.graph.producer[name]
+            window = self._window(name)
+            if window is None:
+                raise CompileError(f"{self.graph.label}: {name} ({node.op}) is read before it is computed")
+            self._values[name] = window
+        return self._values[name]
+
+    def rows(self, name: str) -> Value:
+        """`name` as [rows, last axis], rows possibly apart."""
+        return self.value(name)
+
+    def dense(self, name: str) -> Value:
+        """`name`, contiguous."""
+        value = self.value(name)
+        if not value.contiguous:
+            raise CompileError(f"{self.graph.label}: {name} is not contiguous where a kernel needs it to be")
+        return value
+
+    def weight(self, name: str, layout: str) -> Value:
+        source = self.graph.weights[name]
+        return Value(name, source.dtype, source.shape, self.memory.weight(source, layout))
+
+    def owns_state(self, past: str, present: str, nodes: tuple[Node, ...]) -> bool:
+        """Whether `nodes` may update slot `past` in place and leave it as `present`."""
+        is_slot = past.startswith("past.") and present == "present." + past.removeprefix("past.")
+        return is_slot and all(n in nodes or n.op in VIEW_OPS for n in self.graph.consumers.get(past, []))
+
+    def state(self, past: str, present: str) -> Value:
+        value = self._values[past]
+        self._values[present] = value
+        return value
+
+    def result(self, name: str) -> Value:
+        """Memory for the output `name`."""
+        dtype, shape = self.graph.types[name]
+        spec = self._ports.get(name)
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        if spec is not None and name in self.graph.outputs:
+            storage = self.memory.port(name, spec.nbytes)
+        else:
+            storage = Storage("arena", name, nbytes)
+            self.arena.append(storage)
+        self._values[name] = Value(name, dtype, shape, storage)
+        return self._values[name]
+
+    def call(self, kernel: KernelRef | GenericRef, *args: Arg, **traffic: int) -> None:
+        """Append one launch; `traffic` states bytes moved where the sizes of the arguments mislead."""
+        self.calls.append(Call(kernel, args, traffic=traffic))
+
+    # the pass itself
+
+    def run(self) -> list[Call]:
+        claims = self._claim()
+        last = {claim.nodes[-1] if len(claim.nodes) == 1 else max(claim.nodes, key=lambda n: n.index): claim for claim in claims}
+        claimed = {n for claim in claims for n in claim.nodes}
+        wanted = self._wanted(claims, claimed)
+        group: list[Node] = []
+        for node in self.graph.nodes:
+            if node in last:
+                claim = last[node]
+                if self._depends(claim, group):
+                    group = self._flush(group, wanted)
+                claim.emit()
+            elif node not in claimed and node in wanted and node.op not in VIEW_OPS:
+                group.append(node)
+            elif node not in claimed and node in wanted and not self._is_view(node, group):
+                group.append(node)
+        self._flush(group, wanted)
+        self._settle_outputs()
+        return self.calls
+
+    def _claim(self) -> list[Claim]:
+        table = rules_by_op()
+        taken: set[Node] = set()
+        claims = []
+        for node in self.graph.nodes:
+            for rule in table.get(node.op, ()) if node not in taken else ():
+                claim = rule.match(self, node)
+                if claim is not None and not taken & set(claim.nodes):
+                    claims.append(claim)
+                    taken |= set(claim.nodes)
+                    break
+        return claims
+
+    def _wanted(self, claims: list[Claim], claimed: set[Node]) -> set[Node]:
+        """Unclaimed nodes that something reads."""
+        needs = {name for claim in claims for name in claim.needs} | set(self.graph.outputs)
+        wanted: set[Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node not in claimed and needs & set(node.outputs):
+                wanted.add(node)
+                needs |= set(node.inputs)
+        return wanted
+
+    def _origin(self, name: str) -> Node | None:
+        """The node that computes `name`, looking through views."""
+        node = self.graph.producer.get(name)
+        while node is not None and node.op in VIEW_OPS and node.inputs[0] in self.graph.producer:
+            node = self.graph.producer[node.inputs[0]]
+        return node
+
+    def _depends(self, claim: Claim, group: list[Node]) -> bool:
+        """A claim waits for the group when it reads from it, or overwrites state the group still reads."""
+        members = set(group)
+        for name in claim.needs:
+            node = self.graph.producer.get(name)
+            while node is not None:
+                if node in members:
+                    return True
+                node = self.graph.producer.get(node.inputs[0]) if node.op in VIEW_OPS else None
+        return any(i.startswith("past.") for n in group for i in n.inputs)
+
+    def _is_view(self, node: Node, group: list[Node]) -> bool:
+        """Whether a VIEW_OPS node really moves nothing, as far as is known while its input may still be pending."""
+        origin = self.graph.producer.get(node.inputs[0])
+        members = set(group)
+        while origin is not None and origin not in members and origin.op in VIEW_OPS:
+            origin = self.graph.producer.get(origin.inputs[0])
+        if origin is not None and origin in members:
+            return False  # part of the group: TVM fuses it
+        return all(self._window(o) is not None for o in node.outputs if self.graph.consumers.get(o) or o in self.graph.outputs)
+
+    def _window(self, name: str) -> Value | None:
+        """`name` as a window of what it is a view of, or None."""
+        if name in self._values:
+            return self._values[name]
+        if name in self.graph.weights:
+            return self.weight(name, "plain")
+        node = self.graph.producer.get(name)
+        if node is None or node.op not in VIEW_OPS:
+            return None
+        base = self._window(node.inputs[0])
+        return None if base is None else view_of(self.graph, node, name, base)
+
+    def _flush(self, group: list[Node], wanted: set[Node]) -> list[Node]:
+        """Compile the pending nodes and append their calls."""
+        if not group:
+            return []
+        group = self._with_strided_views(group)
+        produced = [o for n in group for o in n.outputs if o]
+        members = set(group)
+        outputs = [
+            o for o in produced
+            if o in self.graph.outputs or any(n not in members for n in self.graph.consumers.get(o, []))
+        ]  # fmt: skip
+        fused = generic.fuse(self.graph, sorted(group, key=lambda n: n.index), outputs)
+        holders = {alias: name for name, alias in fused.aliases.items()}
+        local: dict[str, Value] = {}
+        for name, array in fused.constants.items():
+            unique = f"{self.graph.label}.{group[0].outputs[0]}.{name}"
+            source = Weight(unique, str(array.dtype), array.shape or (1,), None, 0, array)
+            local[name] = Value(unique, source.dtype, source.shape, self.memory.weight(source, "plain"))
+        for call in fused.calls:
+            args = [Arg(local[i] if i in local else self.dense(i), "r") for i in call.inputs]
+            for out in call.outputs:
+                local[out] = self._intermediate(out, holders, fused.intermediates[out])
+                args.append(Arg(local[out], "w"))
+            key = structural_hash(call.func)
+            self.call(GenericRef(f"{key & 0xFFFFFFFFFFFFFFFF:016x}", call.label, call.func, call.grid), *args)
+        for name, alias in fused.aliases.items():
+            if name not in self._values:
+                self._values[name] = local[alias] if alias in local else self.value(alias)
+        return []
+
+    def _intermediate(self, out: str, holders: dict[str, str], kind: tuple[str, tuple[int, ...]]) -> Value:
+        if out in holders:
+            return self.result(holders[out])
+        dtype, shape = kind
+        storage = Storage("arena", out, math.prod(shape) * DTYPE_BYTES[dtype])
+        self.arena.append(storage)
+        return Value(out, dtype, shape, storage)
+
+    def _with_strided_views(self, group: list[Node]) -> list[Node]:
+        """Pull in views whose result is not contiguous, and views of the group's own results."""
+        members = dict.fromkeys(group)
+        queue = list(group)
+        while queue:
+            for name in queue.pop().inputs:
+                node = self.graph.producer.get(name) if name else None
+                if node is None or node in members or node.op not in VIEW_OPS or name in self._values:
+                    continue
+                window = self._window(name)
+                if window is None or not window.contiguous:
+                    members[node] = None
+                    queue.append(node)
+        return list(members)
+
+    def _settle_outputs(self) -> None:
+        """Bring every output to its place; copies are needed only where no kernel could write there."""
+        for name in self.graph.outputs:
+            value = self.value(name)
+            slot = name.removeprefix("present.")
+            home = self.memory.state[slot] if name.startswith("present.") else self.memory.io.get(name)
+            if home is not None and value.storage is home:
+                continue
+            copy = KernelRef("copy", Copy(math.prod(value.shape), value.dtype))
+            if home is None:
+                home = self.memory.port(name, self._ports[name].nbytes)
+            target = Value(name, value.dtype, value.shape, home)
+            self.call(copy, Arg(self.dense(name), "r"), Arg(target, "w"))
+
+    def _define_input(self, name: str) -> None:
+        dtype, shape = self.graph.types[name]
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        if name.startswith("past."):
+            storage = self.memory.slot(name.removeprefix("past."), nbytes)
+        else:
+            storage = self.memory.port(name, nbytes)
+        self._values[name] = Value(name, dtype, shape, storage)

@@ -1,0 +1,165 @@
+"""Compile: an export directory to a bundle. The whole pipeline on one page.
+
+| stage    | function                | file          | artefact                          |
+|----------|-------------------------|---------------|-----------------------------------|
+| read     | graph.load_graph        | graph.py      | Graph: nodes, static shapes       |
+| lower    | lowering.Lowering.run   | lowering.py   | Calls: kernels with their values  |
+| place    | memory.plan_arena …     | memory.py     | offsets                           |
+| generate | codegen.KernelSet       | codegen.py    | kernels.o, kernels.c              |
+| plan     | _plan                   | pipeline.py   | bundle.plan.Plan                  |
+| link     | link.link               | link.py       | libmodel.so, .a, edgeseq-device   |
+| write    | bundle.writer           | bundle/       | model.edgeseq                     |
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from edgeseq.bundle.directory import new_bundle, write_facts
+from edgeseq.bundle.encode import encode
+from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanKernel, PlanLaunch, PlanTensor, align
+from edgeseq.bundle.writer import write_plan
+from edgeseq.manifest import load_manifest
+from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
+
+from . import dump as dumps
+from .codegen import KernelSet
+from .graph import Weight, load_graph
+from .ir import Arg, Call, Storage
+from .link import link
+from .lowering import Lowering, Memory
+from .memory import mark_outputs_only, place, plan_arena
+from .pack import pack, packed_shape
+from .targets import Target, resolve
+
+Progress = Callable[[str, int, int], None]
+_SPACES = {"weight": "weights", "arena": "arena", "state": "state", "io": "io"}
+_CARRIED = ("golden.safetensors", "tokenizer.json")
+
+
+def compile_export(
+    export_dir: Path, target: str, out: Path, *, progress: Progress | None = None, dump: Path | None = None
+) -> Path:
+    """Compile the export in `export_dir` for `target` into the bundle directory `out`.
+
+    target: "host", a device profile's name, or a profile file. dump: directory for the intermediate forms.
+    Memory stays that of the largest tensor. Raises UsageError, CompileError, BundleError; then nothing is left.
+    """
+    manifest = load_manifest(export_dir)
+    chosen = resolve(target)
+    report = progress or (lambda what, done, total: None)
+    memory = Memory()
+    lowered: list[tuple[GraphFile, list[Call], int]] = []
+    graphs = sorted(manifest.graphs, key=lambda g: g.signature.tokens)
+    for i, graph_file in enumerate(graphs):
+        report("lower", i, len(graphs))
+        lowering = Lowering(load_graph(export_dir / graph_file.file), graph_file.signature, memory, chosen)
+        calls = lowering.run()
+        mark_outputs_only(calls)
+        lowered.append((graph_file, calls, plan_arena(calls)))
+    kernels = KernelSet(chosen)
+    total = sum(len(calls) for _, calls, _ in lowered)
+    for i, call in enumerate(call for _, calls, _ in lowered for call in calls):
+        report("kernels", i, total)
+        kernels.add(call.kernel, len(call.args))
+    plan = _plan(manifest, chosen, memory, lowered, kernels)
+    if dump is not None:
+        dumps.write(dump, lowered, kernels)
+    with new_bundle(out) as folder, tempfile.TemporaryDirectory(prefix="edgeseq-") as work:
+        _build(chosen, kernels, encode(plan).plan_id, folder, Path(work), report, dump)
+        plan_id = write_plan(plan, folder / "model.edgeseq", progress)
+        write_facts(plan, plan_id, folder)
+        for name in _CARRIED:
+            if (export_dir / name).is_file():
+                shutil.copyfile(export_dir / name, folder / name)
+    return out
+
+
+def _build(
+    target: Target, kernels: KernelSet, plan_id: int, folder: Path, work: Path, report: Progress, dump: Path | None
+) -> None:
+    report("code", 0, 2)
+    kernels.write_object(work / "kernels.o", dump / "kernels.s" if dump else None)
+    kernels.write_table(work / "kernels.c", plan_id)
+    report("code", 1, 2)
+    link(target, work / "kernels.o", work / "kernels.c", folder)
+    report("code", 2, 2)
+
+
+def _plan(
+    manifest: Manifest,
+    target: Target,
+    memory: Memory,
+    lowered: list[tuple[GraphFile, list[Call], int]],
+    kernels: KernelSet,
+) -> Plan:
+    slots = manifest.step.signature.state
+    state_bytes = place([memory.slot(s.name, s.nbytes) for s in slots])
+    io_bytes = place(memory.io.values())
+    names = _tensor_names(memory)
+    tensors = tuple(_tensor(names[key], memory.sources[key[0]], s) for key, s in memory.weights.items())
+    graphs = tuple(_graph(g, calls, arena, memory, kernels, names) for g, calls, arena in lowered)
+    return Plan(
+        manifest=manifest,
+        target=target.facts(),
+        graphs=graphs,
+        kernels=tuple(PlanKernel(name, n) for name, n in kernels.pointers.items()),
+        tensors=tensors,
+        state=tuple((s, memory.state[s.name].offset) for s in slots),
+        state_bytes=state_bytes,
+        io_bytes=io_bytes,
+        tokenizer="bytes" if manifest.tokenizer == "bytes" else "none",
+        meta={"tvm": version("apache-tvm")},
+    )
+
+
+def _tensor_names(memory: Memory) -> dict[tuple[str, str], str]:
+    """A tensor packed in two layouts carries the layout in its name."""
+    counts: dict[str, int] = {}
+    for name, _ in memory.weights:
+        counts[name] = counts.get(name, 0) + 1
+    return {(n, layout): n if counts[n] == 1 else f"{n}@{layout}" for n, layout in memory.weights}
+
+
+def _tensor(name: str, source: Weight, storage: Storage) -> PlanTensor:
+    shape = packed_shape(storage.layout, source.shape)
+
+    def data() -> np.ndarray:
+        return pack(storage.layout, source.load().reshape(source.shape))
+
+    return PlanTensor(name, storage.layout, source.dtype, shape, storage.nbytes, data)
+
+
+def _graph(
+    graph: GraphFile,
+    calls: list[Call],
+    arena: int,
+    memory: Memory,
+    kernels: KernelSet,
+    names: dict[tuple[str, str], str],
+) -> PlanGraph:
+    signature = graph.signature
+    io = [PlanIO(s, "in", memory.io[s.name].offset) for s in signature.inputs if s.name in memory.io]
+    io += [PlanIO(s, "out", memory.io[s.name].offset) for s in signature.outputs]
+    launches = tuple(_launch(call, kernels, names) for call in calls)
+    return PlanGraph(Path(graph.file).stem, signature.tokens, align(arena), launches, tuple(io))
+
+
+def _launch(call: Call, kernels: KernelSet, names: dict[tuple[str, str], str]) -> PlanLaunch:
+    name = kernels.names[call.kernel]
+    args = tuple(_arg(a, names) for a in call.args)
+    return PlanLaunch(name, (kernels.grids[name], 1, 1), (1, 1, 1), args, call.outputs_only, call.traffic)
+
+
+def _arg(arg: Arg, names: dict[tuple[str, str], str]) -> PlanArg:
+    value, storage = arg.value, arg.value.storage
+    if storage.kind == "weight":
+        return PlanArg("weights", "r", names[(storage.name, storage.layout)], 0, storage.nbytes)
+    item = DTYPE_BYTES[value.dtype]
+    return PlanArg(_SPACES[storage.kind], arg.access, None, storage.offset + value.offset * item, value.span * item)

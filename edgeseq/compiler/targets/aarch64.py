@@ -1,0 +1,26 @@
+"""64-bit ARM with NEON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import Target, cpu_of, llvm_features
+
+if TYPE_CHECKING:
+    from devices.profile import Profile
+
+CHECKED = {"neon": "neon", "dotprod": "dotprod", "fullfp16": "fp16", "i8mm": "i8mm", "lse": "lse"}
+"""LLVM's names of what it may use, to the runtime's names."""
+
+
+def make(profile: Profile) -> Target:
+    llvm = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": cpu_of(profile)}
+    present = llvm_features(llvm)
+    return Target(
+        name=profile.name,
+        llvm=llvm,
+        shared="aarch64-linux-gnu.2.28",
+        static="aarch64-linux-musl",
+        features=tuple(ours for theirs, ours in CHECKED.items() if theirs in present),
+        gemm_tile=(6, 1),
+    )
