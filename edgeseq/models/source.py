@@ -122,7 +122,14 @@ class FactorySource(Source):
             seen.add(value.data_ptr())
 
     def build(self, device: Device = "cpu") -> nn.Module:
-        return self.module if device == "cpu" else copy.deepcopy(self.module).to("meta")
+        if device == "cpu":
+            return self.module
+        # Copied by way of the memo: nothing is allocated and tied tensors stay tied, which .to("meta") breaks.
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        shapes = {id(t): t.detach().to("meta") for t in tensors}
+        for p in self.module.parameters():
+            shapes[id(p)] = nn.Parameter(shapes[id(p)], requires_grad=p.requires_grad)
+        return copy.deepcopy(self.module, shapes)
 
     def tensor_names(self) -> tuple[str, ...]:
         return tuple(self._tensors)

@@ -37,7 +37,7 @@ def twin(config: Any) -> TransformerConfig:
     """
     if isinstance(config, TransformerConfig):
         raise SourceError("A transformer is KV-cached attention already, so it has no twin")
-    d, target = config.d_model, family_of_config(config).param_count(config)
+    target, d = family_of_config(config).param_count(config), config.d_model
     heads, width = head_shape(d)
     outside = config.vocab_size * d * (1 if config.tie else 2) + d
     attention = 4 * d * heads * width + 2 * d  # with the layer's two norms
