@@ -49,6 +49,7 @@ def _io(**changes: Any) -> Plan:
     return _graph(io=(plan.graphs[1].io[0], replace(entry, **changes)))
 
 
+OTHER_KERNELS = recurrent_plan().kernels[1:]
 SLOT = StateSlot("ssm.0", "float32", (1, 4, 8))
 CASES: dict[str, tuple[Plan, str]] = {
     "unknown kernel": (_launch(kernel="missing"), "launches the kernel 'missing', which the plan lacks"),
@@ -88,11 +89,11 @@ CASES: dict[str, tuple[Plan, str]] = {
     "output off its alignment": (_io(offset=72), "not a multiple of 64"),
     "unknown direction": (_io(direction="inout"), "direction 'inout'"),
     "CPU kernel with code": (
-        replace(recurrent_plan(), kernels=(PlanKernel("gather", 3, "cpu", b"x", "binary"),) + recurrent_plan().kernels[1:]),
+        replace(recurrent_plan(), kernels=(PlanKernel("gather", 3, "cpu", b"x", "binary"), *OTHER_KERNELS)),
         "kernel 'gather' for cpu has 1 bytes of binary code",
     ),
     "GPU kernel without code": (
-        replace(recurrent_plan(), kernels=(PlanKernel("gather", 3, "opencl"),) + recurrent_plan().kernels[1:]),
+        replace(recurrent_plan(), kernels=(PlanKernel("gather", 3, "opencl"), *OTHER_KERNELS)),
         "kernel 'gather' for opencl has 0 bytes",
     ),
     "model id": (
