@@ -167,7 +167,7 @@ FAMILY = Family(
     checkpoint=None,
     # d_ff = 4 d / 3 rounded up to 64: three matrices of a gated feed-forward then weigh the 4 d^2 of the paper's two.
     zoo={"retnet-1.3b": RetNetConfig(32000, 2048, 24, 8, 2752)},
-    tiny=RetNetConfig(256, 128, 4, 4, 92),
+    tiny=RetNetConfig(256, 128, 4, 4, 96),
     state_formula="4 L H K V = 8 L d^2 / H",
     growth="constant",
     ops=("rotary", "retention"),

@@ -125,8 +125,8 @@ class FactorySource(Source):
         if device == "cpu":
             return self.module
         # Copied by way of the memo: nothing is allocated and tied tensors stay tied, which .to("meta") breaks.
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        shapes = {id(t): t.detach().to("meta") for t in tensors}
+        # A buffer outside the state_dict keeps its values: nobody could read them from this source.
+        shapes = {id(t): t.detach().to("meta") for t in self.module.state_dict(keep_vars=True).values()}
         for p in self.module.parameters():
             shapes[id(p)] = nn.Parameter(shapes[id(p)], requires_grad=p.requires_grad)
         return copy.deepcopy(self.module, shapes)

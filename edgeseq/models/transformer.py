@@ -256,7 +256,7 @@ FAMILY = Family(
         ignored=("rotary_emb.inv_freq",),
     ),
     zoo={},
-    tiny=TransformerConfig(256, 128, 4, 4, 4, 32, 260),
+    tiny=TransformerConfig(256, 128, 4, 4, 4, 32, 264),
     state_formula="8 L Hk e M",
     growth="linear",
     ops=("rotary", "cached_attention"),
