@@ -35,7 +35,7 @@ def _archive(target: Target, sources: list[str], include: list[str], kernels: Pa
     """libmodel.a, for apps that link statically."""
     objects = []
     for source in [*sources, str(table)]:
-        obj = kernels.parent / (Path(source).stem + ".o")
+        obj = kernels.parent / f"es_{Path(source).stem}.o"  # not kernels.o itself
         _zig("cc", "-target", target.shared, "-c", "-fPIC", *FLAGS, *include, source, "-o", str(obj))
         objects.append(str(obj))
     _zig("ar", "rcsD", str(out / "libmodel.a"), *objects, str(kernels))
