@@ -6,8 +6,9 @@ any size costs pages of the file and the activations of 48 tokens, never a secon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -34,6 +35,7 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
     `output.<name>` [n,...] from seeded Gaussian inputs.
     """
     load(model, directory / "weights.safetensors")
+    tensors: dict[str, NDArray[Any]]
     length = min(LENGTH, context) if context else LENGTH
     with torch.no_grad():
         if any(spec.role == "tokens" for spec in signature.inputs):
@@ -64,7 +66,9 @@ def load(model: nn.Module, path: Path) -> None:
         _replace(module._buffers, values, module_name, lambda t: t)
 
 
-def _replace(table: dict, values: Mapping[Tensor, Tensor], module_name: str, wrap) -> None:
+def _replace(
+    table: dict[str, Any], values: Mapping[Tensor, Tensor], module_name: str, wrap: Callable[[Tensor], Tensor]
+) -> None:
     for name, tensor in table.items():
         if tensor is None or not tensor.is_meta:
             continue
@@ -91,7 +95,7 @@ def _stepped(model: nn.Module, signature: StepSignature, tokens: NDArray[np.int6
     state, rows = _fresh_state(signature), []
     for position, token in enumerate(tokens):
         inputs = (torch.tensor([[token]]), torch.tensor([position]))
-        logits, *state = model.advance(*inputs, *state)  # type: ignore[operator]
+        logits, *state = model.advance(*inputs, *state)
         rows.append(logits.to(torch.float32).numpy().reshape(-1))
     return np.stack(rows)
 
@@ -109,7 +113,7 @@ def _steps(model: nn.Module, signature: StepSignature, length: int) -> dict[str,
             torch.from_numpy(rng.standard_normal(s.shape).astype(np.float32)).to(getattr(torch, s.dtype))
             for s in signature.inputs
         ]
-        results = model.advance(*inputs, *state)  # type: ignore[operator]
+        results = model.advance(*inputs, *state)
         outputs, state = results[: len(signature.outputs)], list(results[len(signature.outputs) :])
         for kind, specs, values in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
             for spec, value in zip(specs, values, strict=True):

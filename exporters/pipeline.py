@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ DEFAULT_CONTEXT = 2048
 MAX_CONTEXT = 1 << 20
 MAX_CHUNK = 4096
 
-Progress = Callable[[str, float], None]
+Progress = Callable[..., None]
 
 
 def export(
@@ -66,7 +67,7 @@ def export(
     chunks:   lengths of the chunk graphs; None means 8 and 64 as far as the context allows.
     context:  longest sequence a growing state can hold; a model whose state does not grow ignores it (manifest: 0).
     dtype:    storage of the matrices, "fp32", "fp16" or "bf16"; everything else stays float32, as does arithmetic.
-    progress: called with a stage and the fraction done, 0 to 1.
+    progress: called as progress(what, done, total); total 0 means that the end is not known.
     Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
     appears whole or not at all; an earlier export there is replaced.
     """
@@ -77,7 +78,7 @@ def export(
         source = open_source(source)
     model = source.build("meta").eval()
     signatures = _signatures(model, request)
-    with new_directory(Path(out), is_export, "export") as directory:
+    with new_directory(Path(out), is_export, "previous export") as directory:
         return _write(directory, source, model, signatures, request)
 
 
@@ -111,7 +112,7 @@ class Request:
                 raise UsageError(f"chunk lengths {', '.join(map(str, chunks))} repeat", "give each length once")
         return Request(
             flavour, quant, None if chunks is None else tuple(sorted(chunks)), context, DTYPES[dtype],
-            progress or (lambda stage, fraction: None),
+            progress or (lambda what, done, total: None),
         )  # fmt: skip
 
 
@@ -153,39 +154,27 @@ def _write(
 ) -> Manifest:
     graphs = []
     for index, signature in enumerate(signatures):
-        request.report(f"tracing {signature.tokens} token(s)", index / (len(signatures) + 2))
+        request.report("tracing", index, len(signatures))
         graphs.append(_graph(model, signature, request))
-    done = len(signatures) / (len(signatures) + 2)
+    request.report("tracing", len(signatures), len(signatures))
     layout, constants = _layout(source, graphs)
-
-    written = 0
-
-    def wrote(nbytes: int) -> None:
-        nonlocal written
-        written += nbytes
-        share = written / max(1, layout.nbytes)
-        request.report("writing weights", done + share / (len(signatures) + 2))
-
-    def read(name: str) -> NDArray[Any]:
-        return constants[name] if name in constants else source.tensor(name)
-
-    digest = weights.write(directory / weights.FILE, layout, read, wrote)
+    digest = _write_weights(directory, source, layout, constants, request)
     files = []
     for graph, signature in zip(graphs, signatures, strict=True):
         file = "step.onnx" if signature.tokens == 1 else f"chunk{signature.tokens}.onnx"
         lower.point_to_file(graph.graph, layout)
         lower.save(graph, directory / file)
         files.append(GraphFile(file, signature))
-    request.report("computing the golden outputs", (len(signatures) + 1) / (len(signatures) + 2))
+    request.report("golden outputs", 0, 0)
     context = request.context if _grows(model, request.context) else 0
     params = sum(parameter.numel() for parameter in model.parameters())
     golden.write(directory, model, signatures[0], context, source.tokenizer == "bytes")
-    config = dataclasses.asdict(source.config) if dataclasses.is_dataclass(source.config) else {}
+    config = _config(source.config)
     slots = [dataclasses.asdict(slot) for slot in signatures[0].state]
     digest.update(json.dumps([config, slots], sort_keys=True).encode())
     manifest = Manifest(
         family=source.family,
-        source=source.name,
+        source=_public_name(source.name),
         model_id=digest.hexdigest()[:32],
         dtype=request.dtype,
         quant=request.quant,
@@ -198,8 +187,27 @@ def _write(
         config=config,
     )
     manifest.save(directory)
-    request.report("done", 1.0)
     return manifest
+
+
+def _write_weights(
+    directory: Path,
+    source: Source,
+    layout: weights.Layout,
+    constants: dict[str, NDArray[Any]],
+    request: Request,
+) -> hashlib._Hash:
+    written = 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal written
+        written += nbytes
+        request.report("writing weights", written, layout.nbytes)
+
+    def read(name: str) -> NDArray[Any]:
+        return constants[name] if name in constants else source.tensor(name)
+
+    return weights.write(directory / weights.FILE, layout, read, wrote)
 
 
 def _graph(model: nn.Module, signature: StepSignature, request: Request) -> ir.Model:
@@ -252,8 +260,17 @@ def _lift_constants(graph: ir.Graph, constants: dict[str, NDArray[Any]]) -> None
         graph.initializers[name] = value
 
 
+def _config(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
+
+
 def _vocabulary(signature: StepSignature) -> int:
     return next((spec.shape[-1] for spec in signature.outputs if spec.role == "logits"), 0)
+
+
+def _public_name(name: str) -> str:
+    """A zoo name, or the last part of a path: the rest belongs to the machine and would make equal exports differ."""
+    return name if name.startswith("zoo:") else Path(name).name
 
 
 def _tokenizer(source: Source, directory: Path) -> str:

@@ -43,7 +43,8 @@ def trace(model: nn.Module, signature: StepSignature, flavour: str) -> ir.Model:
         specs = [*signature.inputs]
         if {spec.role for spec in specs} == {"tokens"}:
             specs.append(TensorSpec("position", "int64", (1,), "position"))  # advance takes it all the same
-        args = tuple(torch.empty(s.shape, dtype=getattr(torch, s.dtype)) for s in (*specs, *signature.state))
+        shapes = [(s.shape, s.dtype) for s in specs] + [(s.shape, s.dtype) for s in signature.state]
+        args = tuple(torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in shapes)
     with _quiet():
         try:
             program = torch.export.export(_Advance(model), args, strict=False)
@@ -64,7 +65,7 @@ def trace(model: nn.Module, signature: StepSignature, flavour: str) -> ir.Model:
                 "its advance() must have static shapes and no branch on tensor values",
             ) from error
     assert onnx_program is not None
-    return _named_as_in_state_dict(onnx_program.model)
+    return _named_as_in_state_dict(onnx_program.model, model)
 
 
 def _fake_weights(model: nn.Module) -> None:
@@ -81,19 +82,29 @@ def _fake_weights(model: nn.Module) -> None:
                 if tensor not in made:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     made[tensor] = nn.Parameter(empty, tensor.requires_grad) if table is module._parameters else empty
-                table[name] = made[tensor]  # type: ignore[assignment]
+                table[name] = made[tensor]
 
 
-def _named_as_in_state_dict(traced: ir.Model) -> ir.Model:
-    """Weights lose the wrapper's prefix and their (fake) value; constants made by the code keep theirs."""
+def _named_as_in_state_dict(traced: ir.Model, model: nn.Module) -> ir.Model:
+    """Weights lose the wrapper's prefix and their (fake) value; constants made by the code keep theirs.
+
+    A tied weight goes by the first of its names.
+    """
+    first: dict[Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(tensor, name)
+    names = {name: first[tensor] for name, tensor in model.state_dict(keep_vars=True).items()}
     graph = traced.graph
     for value in list(graph.initializers.values()):
         assert value.name is not None
-        raw = getattr(value.const_value, "raw", None)
-        if isinstance(raw, FakeTensor):
-            value.const_value = None
-            del graph.initializers[value.name]
-            value.name = value.name.removeprefix("model.")
+        if not isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            continue
+        del graph.initializers[value.name]
+        own = value.name.removeprefix("model.")
+        value.name, value.const_value = names.get(own, own), None
+        if value.name in graph.initializers:
+            value.replace_all_uses_with(graph.initializers[value.name])
+        else:
             graph.initializers[value.name] = value
     return traced
 

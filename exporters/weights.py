@@ -83,13 +83,13 @@ def write(
         for tensor in layout.tensors.values():
             data = convert(tensor, read(tensor.name))
             digest.update(f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
-            digest.update(data)
-            file.write(data)
+            digest.update(data)  # type: ignore[arg-type]
+            file.write(data)  # type: ignore[arg-type]
             progress(tensor.nbytes)
     return digest
 
 
-def convert(tensor: StoredWeight, array: NDArray) -> memoryview:
+def convert(tensor: StoredWeight, array: NDArray) -> NDArray[np.uint8]:
     """The bytes of `array` in the stored dtype, rounded to nearest even; ExportError where it cannot hold a value."""
     if array.shape != tensor.shape:
         raise ExportError(f"weight {tensor.name} has shape {array.shape}, the model wants {tensor.shape}")
@@ -101,4 +101,4 @@ def convert(tensor: StoredWeight, array: NDArray) -> memoryview:
             f"weight {tensor.name} reaches {np.abs(array).max():.6g}, which {tensor.dtype} cannot hold",
             "export with --dtype fp32 or bf16",
         )
-    return memoryview(stored.reshape(-1).view(np.uint8))
+    return stored.reshape(-1).view(np.uint8)

@@ -1,0 +1,76 @@
+"""`edgeseq export`: a model source becomes ONNX step and chunk graphs over one weights file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeseq.cli.params import Ints
+
+
+def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What `export` and `twin` have in common."""
+    for option in reversed(
+        (
+            click.option(
+                "-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Export to write."
+            ),
+            click.option(
+                "--flavour",
+                type=click.Choice(["onnx", "ort"]),
+                default="onnx",
+                show_default=True,
+                help="Portable ONNX, or onnxruntime's own operators where they are faster.",
+            ),
+            click.option(
+                "--quant",
+                type=click.Choice(["none"]),
+                default="none",
+                show_default=True,
+                help="Quantisation of the matrices.",
+            ),
+            click.option(
+                "--chunk",
+                "chunks",
+                type=Ints(),
+                help="Tokens per call of the prefill graphs.  [default: 8,64 as far as the context allows]",
+            ),
+            click.option(
+                "--context",
+                metavar="N",
+                type=int,
+                default=2048,
+                show_default=True,
+                help="Longest sequence a KV cache holds; recurrent models ignore it.",
+            ),
+            click.option(
+                "--dtype",
+                type=click.Choice(["fp32", "fp16", "bf16"]),
+                default="fp32",
+                show_default=True,
+                help="Storage of the matrices; arithmetic is fp32.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.command("export")
+@click.argument("source", metavar="SOURCE")
+@export_options
+def command(source: str, out: Path, **options: Any) -> None:
+    """Export a model as ONNX step and chunk graphs.
+
+    SOURCE is a Hugging Face directory, zoo:NAME (see `edgeseq list zoo`), or path/to/file.py:factory.
+    """
+    from edgeseq.cli.progress import progress
+
+    with progress() as show:
+        from exporters import export
+
+        export(source, out, progress=show, **options)
+    click.echo(str(out))
