@@ -12,19 +12,19 @@ import click
 @click.option("--target", required=True, metavar="NAME", help="host, a device profile, or a target file.")
 @click.option("-o", "--out", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Bundle to write.")
 @click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="Write the IR after each phase here.")
-@click.option("-j", "--jobs", metavar="N", type=click.IntRange(min=1), help="Worker processes; default one per core.")
-def command(directory: Path, target: str, out: Path, dump: Path | None, jobs: int | None) -> None:
+def command(directory: Path, target: str, out: Path, dump: Path | None) -> None:
     """Compile an export for a target.
 
     `edgeseq list targets` names the targets; a path to a device profile of your own works too.
     """
+    from devices.profile import load_profile
     from edgeseq.cli.progress import progress
     from edgeseq.manifest import load_manifest
 
-    load_manifest(directory)
+    load_manifest(directory)  # refuse wrong names before TVM takes its seconds to load
+    load_profile(target)
     from edgeseq.compiler import compile_export
 
-    options = {} if jobs is None else {"jobs": jobs}
     with progress() as show:
-        path = compile_export(directory, target, out, progress=show, dump=dump, **options)
+        path = compile_export(directory, target, out, progress=show, dump=dump)
     click.echo(str(path))

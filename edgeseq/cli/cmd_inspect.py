@@ -28,7 +28,10 @@ def command(path: Path, context: tuple[int, ...], as_json: bool) -> None:
     Of a bundle: the plan, bytes per token, state, memory need. Of an export: graphs, operators, state.
     """
     from edgeseq.bundle.directory import is_bundle
+    from edgeseq.errors import UsageError
 
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "give a bundle or an export directory")
     if is_bundle(path) or path.is_file():
         facts, text = _bundle(path, context)
     else:

@@ -59,26 +59,20 @@ def _devices() -> list[Row]:
 
 
 def _targets() -> list[Row]:
-    rows: list[Row] = [{"name": name, "what": what} for name, what in _target_files()]
-    known = {row["name"] for row in rows}
-    rows += [{"name": d["name"], "what": d["description"]} for d in _devices() if d["name"] not in known]
-    return sorted(rows, key=lambda row: str(row["name"]))
-
-
-def _target_files() -> list[tuple[str, str]]:
-    """Names and first lines of the compiler's target files, read without importing TVM."""
-    import ast
+    """Devices that a code generator exists for; the compiler's target files are named after what they make code for."""
     from importlib.util import find_spec
     from pathlib import Path
 
+    from devices.profile import AUTO
+
     spec = find_spec("edgeseq")
-    found = []
-    for root in (spec.submodule_search_locations if spec else None) or ():
-        for path in sorted(Path(root, "compiler", "targets").glob("[a-z]*.py")):
-            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-            if "TARGET" in path.read_text():
-                found.append((path.stem.replace("_", "-"), doc.partition("\n")[0].rstrip(".")))
-    return found
+    roots = (spec.submodule_search_locations if spec else None) or []
+    generators = {path.stem for root in roots for path in Path(root, "compiler", "targets").glob("[a-z]*.py")}
+    return [
+        {"name": d["name"], "triple": d["triple"], "cpu": d["cpu"], "description": d["description"]}
+        for d in _devices()
+        if d["triple"] == AUTO or d["triple"].partition("-")[0] in generators
+    ]
 
 
 LISTS: dict[str, Callable[[], list[Row]]] = {
@@ -89,7 +83,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
 }
 SHOWN = {
     "families": ("name", "growth", "state_bytes", "ops", "loads"),
-    "targets": ("name", "what"),
+    "targets": ("name", "triple", "cpu", "description"),
     "devices": ("name", "triple", "cpu", "cores", "transport", "description"),
     "zoo": ("name", "family", "params", "weights"),
 }
