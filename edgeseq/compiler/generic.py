@@ -63,10 +63,12 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
 
     def info(name: str) -> onnx.ValueInfoProto:
         dtype, shape = graph.types[name]
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+        return helper.make_tensor_value_info(plain[name], helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
-    small = [numpy_helper.from_array(np.ascontiguousarray(c), n) for n, c in constants.items() if c is not None]
-    part = helper.make_graph([n.proto for n in nodes], "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
+    # TVM wants identifiers and folds names into functions; equal layers shall give equal functions.
+    plain = {name: f"t{i}" for i, name in enumerate(dict.fromkeys([*read, *(o for n in nodes for o in n.outputs)]))}
+    small = [numpy_helper.from_array(np.ascontiguousarray(c), plain[n]) for n, c in constants.items() if c is not None]
+    part = helper.make_graph([_renamed(n.proto, plain) for n in nodes], "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
     model = helper.make_model(part, opset_imports=[helper.make_opsetid("", 21)])
     try:
         module = onnx_frontend.from_onnx(model)
@@ -81,6 +83,15 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
     ]  # fmt: skip
     with TvmTarget({"kind": "llvm"}):
         return module_pass_sequence(passes)(module), inputs
+
+
+def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [names.get(i, i) for i in node.input]
+    copy.output[:] = [names.get(o, o) for o in node.output]
+    copy.name = ""
+    return copy
 
 
 class _Walker:

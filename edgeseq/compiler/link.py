@@ -26,8 +26,7 @@ def link(target: Target, kernels: Path, table: Path, out: Path) -> None:
     exports.unlink()
     _archive(target, sources, include, kernels, table, out)
     tool = C_DIR / "tools" / "edgeseq_device.c"
-    if tool.is_file():
-      _zig("cc", "-target", target.static, "-static", "-s", "-o", str(out / "edgeseq-device"), str(tool), *common)
+    _zig("cc", "-target", target.static, "-static", "-s", "-o", str(out / "edgeseq-device"), str(tool), *common)
     (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
 
 

@@ -5,7 +5,7 @@
 | read     | graph.load_graph        | graph.py      | Graph: nodes, static shapes       |
 | lower    | lowering.Lowering.run   | lowering.py   | Calls: kernels with their values  |
 | place    | memory.plan_arena …     | memory.py     | offsets                           |
-| generate | codegen.KernelSet       | codegen.py    | kernels.o, kernels.c              |
+| generate | codegen.KernelSet       | codegen.py    | kernels.o, kernel_table.c           |
 | plan     | _plan                   | pipeline.py   | bundle.plan.Plan                  |
 | link     | link.link               | link.py       | libmodel.so, .a, edgeseq-device   |
 | write    | bundle.writer           | bundle/       | model.edgeseq                     |
@@ -86,9 +86,9 @@ def _build(
 ) -> None:
     report("code", 0, 2)
     kernels.write_object(work / "kernels.o", dump / "kernels.s" if dump else None)
-    kernels.write_table(work / "kernels.c", plan_id)
+    kernels.write_table(work / "kernel_table.c", plan_id)
     report("code", 1, 2)
-    link(target, work / "kernels.o", work / "kernels.c", folder)
+    link(target, work / "kernels.o", work / "kernel_table.c", folder)
     report("code", 2, 2)
 
 
