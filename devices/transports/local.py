@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 from devices.profile import AUTO, Profile
-from devices.transports.base import Completed, Transport, existing_bundle, run_here
+from devices.transports.base import Completed, SharedFiles, run_here
 from edgeseq.errors import DeviceError
 
 
-class LocalTransport(Transport):
+class LocalTransport(SharedFiles):
     """Runs programs where edgeseq runs; refuses a profile of another architecture."""
 
     def __init__(self, profile: Profile) -> None:
@@ -22,9 +21,6 @@ class LocalTransport(Transport):
                 f"{profile.name} is {profile.arch}, this machine is {here}",
                 f"run this on the device, or use --device qemu-{profile.arch} to check results without it",
             )
-
-    def push(self, bundle: Path) -> str:
-        return existing_bundle(bundle)
 
     def run(self, argv: Sequence[str], timeout: float = 600.0) -> Completed:
         return run_here(argv, timeout)

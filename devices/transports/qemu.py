@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from devices.profile import Profile
-from devices.transports.base import Completed, Transport, existing_bundle, run_here
+from devices.transports.base import Completed, SharedFiles, run_here
 from edgeseq.errors import DeviceError
 
 
-class QemuTransport(Transport):
+class QemuTransport(SharedFiles):
     def __init__(self, profile: Profile) -> None:
         super().__init__(profile)
         options = dict(profile.transport_options)
@@ -23,9 +22,6 @@ class QemuTransport(Transport):
         self.sysroot = options.get("sysroot", "")
         if shutil.which(self.emulator) is None:
             raise DeviceError(f"{self.emulator} is not installed", "apt-get install qemu-user-static")
-
-    def push(self, bundle: Path) -> str:
-        return existing_bundle(bundle)
 
     def run(self, argv: Sequence[str], timeout: float = 600.0) -> Completed:
         sysroot = ["-L", self.sysroot] if self.sysroot else []

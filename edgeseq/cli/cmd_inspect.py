@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,10 @@ def _slots(slots: list[Any]) -> str:
 
     if not slots:
         return "  none"
-    return table([(s.name, s.dtype, "x".join(map(str, s.shape)), s.update, size(s.nbytes)) for s in slots])
+    alike = Counter(
+        (re.sub(r"\d+", "*", s.name), s.dtype, "x".join(map(str, s.shape)), s.update, s.nbytes) for s in slots
+    )
+    return table([(n, *what, size(nbytes)) for (*what, nbytes), n in alike.items()], ("slots", "", "", "", "", "each"))
 
 
 def _export(path: Path) -> tuple[dict[str, Any], str]:

@@ -30,13 +30,26 @@ def test_local_runs_and_reports(tmp_path: Path) -> None:
 
 def test_driver_failures_carry_its_last_words(tmp_path: Path) -> None:
     driver = tmp_path / "edgeseq-device"
-    driver.write_text('#!/bin/sh\n[ "$1" = ok ] && echo fine && exit 0\necho first >&2; echo no memory >&2; exit 1\n')
+    driver.write_text(
+        '#!/bin/sh\n[ "$2" = ok ] && echo "fine $1" && exit 0\necho first >&2; echo no memory >&2; exit 1\n'
+    )
     driver.chmod(0o755)
     transport = open_transport(load_profile("host"))
     handle = transport.push(tmp_path)
-    assert transport.driver(handle, "ok").stdout == "fine\n"
+    assert transport.driver(handle, "ok").stdout == f"fine {tmp_path}/model.edgeseq\n"
     with pytest.raises(DeviceError, match="edgeseq-device on host ended with 1: no memory"):
         transport.driver(handle, "bad")
+
+
+def test_scratch_files_do_not_outlive_it() -> None:
+    with open_transport(load_profile("host")) as transport:
+        path = transport.scratch("numbers")
+        transport.write(path, b"123")
+        assert transport.read(path) == b"123"
+        assert transport.run(["cat", path]).stdout == "123"
+    assert not Path(path).exists() and not Path(path).parent.exists()
+    with pytest.raises(DeviceError, match="cannot be read"):
+        transport.read(path)
 
 
 def test_local_refuses_another_architecture() -> None:
