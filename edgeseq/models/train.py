@@ -30,13 +30,14 @@ HALF_FROM = 4096  # tensors with more elements are stored in float16
 
 @dataclass(frozen=True)
 class Recipe:
-    """`batch` windows of `context` bytes at random offsets of the shuffled lines; AdamW, warm-up, cosine decay."""
+    """`batch` windows of `context` bytes at random offsets of the shuffled lines; warm-up, cosine decay."""
 
-    steps: int = 2400
+    steps: int = 2000
     batch: int = 8
     context: int = 256
     lr: float = 3e-3
-    lr_end: float = 1e-4
+    lr_matrix: float = 4e-3
+    last: float = 0.03
     warmup: int = 60
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
@@ -60,21 +61,29 @@ def fresh_model(family: Family, seed: int) -> SequenceModel:
     return model
 
 
-def optimiser(model: SequenceModel, r: Recipe) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, everything else (norms, biases, A, D) does not."""
+def optimisers(model: SequenceModel, r: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW without decay for the rest (embedding, norms, biases, A, D, conv)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decay = [p for n, p in named if n.endswith("weight") and p.ndim == 2]
-    chosen = {id(p) for p in decay}
-    rest = [p for _, p in named if id(p) not in chosen]
-    groups = [{"params": decay, "weight_decay": r.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=r.lr, betas=r.betas)
+    matrices = {n: p for n, p in named if n.startswith("layers.") and n.endswith("_proj.weight")}
+    rest = [p for n, p in named if n not in matrices]
+    return [
+        torch.optim.Muon(
+            matrices.values(),
+            lr=r.lr_matrix,
+            momentum=0.95,
+            weight_decay=r.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=r.lr, betas=r.betas, weight_decay=0.0),
+    ]
 
 
-def learning_rate(step: int, r: Recipe) -> float:
+def schedule(step: int, r: Recipe) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to `last`."""
     if step < r.warmup:
-        return r.lr * (step + 1) / r.warmup
+        return (step + 1) / r.warmup
     progress = (step - r.warmup) / max(1, r.steps - r.warmup)
-    return r.lr_end + (r.lr - r.lr_end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return r.last + (1.0 - r.last) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def cross_entropy(model: SequenceModel, window: Tensor) -> Tensor:
@@ -84,18 +93,19 @@ def cross_entropy(model: SequenceModel, window: Tensor) -> Tensor:
 
 def train(model: SequenceModel, text: np.ndarray, r: Recipe) -> float:
     """Run the recipe on a uint8 text; returns the seconds it took."""
-    opt, rng, start = optimiser(model, r), np.random.default_rng(r.seed), time.monotonic()
+    opts, rng, start = optimisers(model, r), np.random.default_rng(r.seed), time.monotonic()
+    plans = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, r)) for opt in opts]
     smooth = 0.0
     for step in range(r.steps):
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(step, r)
         offsets = rng.integers(0, len(text) - r.context - 1, r.batch)
         window = torch.from_numpy(np.stack([text[o : o + r.context + 1] for o in offsets]).astype(np.int64))
         loss = cross_entropy(model, window)
-        opt.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip)
-        opt.step()
+        for opt, plan in zip(opts, plans, strict=True):
+            opt.step()
+            plan.step()
         bits = loss.item() / math.log(2)
         smooth = bits if step == 0 else 0.98 * smooth + 0.02 * bits
         if step % 50 == 49:

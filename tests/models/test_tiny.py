@@ -12,7 +12,7 @@ import torch
 from edgeseq.errors import UsageError
 from edgeseq.models import corpus, families, family
 from edgeseq.models.source import ZOO_WEIGHTS, open_source, twin_of
-from edgeseq.models.train import Recipe, bits_per_byte, cross_entropy, fresh_model, optimiser, stored
+from edgeseq.models.train import Recipe, bits_per_byte, cross_entropy, fresh_model, optimisers, stored
 from edgeseq.models.twin import WITHIN
 from edgeseq.verify.tolerances import tolerance
 from tests.models.support import run_cut
@@ -102,13 +102,14 @@ def test_training_learns(name: str) -> None:
     torch.manual_seed(0)
     model = fresh_model(family(name), seed=0)
     window = torch.tensor([list(SAMPLE[:65])])
-    opt = optimiser(model, Recipe())
+    opts = optimisers(model, Recipe())
     first = cross_entropy(model, window)
     first.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     for _ in range(8):
-        opt.step()
-        opt.zero_grad()
+        for opt in opts:
+            opt.step()
+        model.zero_grad()
         loss = cross_entropy(model, window)
         loss.backward()
     assert loss.item() < 0.7 * first.item()
