@@ -153,7 +153,7 @@ class _Fields:
         return value
 
     def number(self, key: str) -> float:
-        value = self.value.get(key)
+        value: Any = self.value.get(key)
         if type(value) not in (int, float) or not (abs(value) <= FLOAT32_MAX or abs(value) == math.inf):
             raise self._refuse(key, "a float32 number")
         return float(value)

@@ -57,6 +57,7 @@ class Transport(ABC):
     def write(self, path: str, data: bytes) -> None:
         """Make a file."""
 
+    @abstractmethod
     def close(self) -> None:
         """Remove scratch files."""
 

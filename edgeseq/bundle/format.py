@@ -1,14 +1,14 @@
 """The records of docs/bundle-format.md: field names and byte layouts, in one place.
 
-Each record is a named tuple with a `LAYOUT`; `pack` and `unpack` turn lists of records into bytes and back.
+Each record is a named tuple decorated with its layout; `pack` and `unpack` turn lists of records into bytes and back.
 Little-endian, packed, no padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 MAGIC = b"EDGESEQ\0"
 VERSION = 1
@@ -35,9 +35,28 @@ ACCESSES = ("", "r", "w", "rw")
 TOKENIZERS = ("none", "bytes")
 LAUNCH_OUTPUTS_ONLY = 1
 
+R = TypeVar("R")
+LAYOUTS: dict[type, Struct] = {}
+"""Byte layout of each record class."""
 
+
+def record(layout: str) -> Callable[[type[R]], type[R]]:
+    """Class decorator: the fields of the class lie in a file as `layout` (struct's language) says."""
+
+    def register(kind: type[R]) -> type[R]:
+        LAYOUTS[kind] = Struct(layout)
+        return kind
+
+    return register
+
+
+def size_of(kind: type) -> int:
+    """Bytes of one record."""
+    return LAYOUTS[kind].size
+
+
+@record("<8sIIQ16sQQII")
 class Header(NamedTuple):
-    LAYOUT = Struct("<8sIIQ16sQQII")
     magic: bytes
     version: int
     n_sections: int
@@ -49,17 +68,17 @@ class Header(NamedTuple):
     header_crc: int
 
 
+@record("<IIQQQ")
 class SectionRecord(NamedTuple):
-    LAYOUT = Struct("<IIQQQ")
     kind: int
     crc: int
     offset: int
     bytes: int
-    count: int
+    records: int
 
 
+@record("<4I4QQQ")
 class TensorRecord(NamedTuple):
-    LAYOUT = Struct("<4I4QQQ")
     name: int
     layout: int
     dtype: int
@@ -72,8 +91,8 @@ class TensorRecord(NamedTuple):
     bytes: int
 
 
+@record("<4Iif4QQQ")
 class SlotRecord(NamedTuple):
-    LAYOUT = Struct("<4Iif4QQQ")
     name: int
     dtype: int
     rank: int
@@ -88,8 +107,8 @@ class SlotRecord(NamedTuple):
     bytes: int
 
 
+@record("<6I4QQQ")
 class IoRecord(NamedTuple):
-    LAYOUT = Struct("<6I4QQQ")
     name: int
     dtype: int
     rank: int
@@ -104,8 +123,8 @@ class IoRecord(NamedTuple):
     bytes: int
 
 
+@record("<4IQ")
 class GraphRecord(NamedTuple):
-    LAYOUT = Struct("<4IQ")
     name: int
     tokens: int
     first_launch: int
@@ -113,8 +132,8 @@ class GraphRecord(NamedTuple):
     arena_bytes: int
 
 
+@record("<4IQQ")
 class KernelRecord(NamedTuple):
-    LAYOUT = Struct("<4IQQ")
     name: int
     n_args: int
     backend: int
@@ -123,8 +142,8 @@ class KernelRecord(NamedTuple):
     code_bytes: int
 
 
+@record("<10I")
 class LaunchRecord(NamedTuple):
-    LAYOUT = Struct("<10I")
     kernel: int
     flags: int
     grid_x: int
@@ -137,8 +156,8 @@ class LaunchRecord(NamedTuple):
     n_args: int
 
 
+@record("<IIQQ")
 class ArgRecord(NamedTuple):
-    LAYOUT = Struct("<IIQQ")
     space: int
     access: int
     offset: int
@@ -154,12 +173,12 @@ RECORDS: dict[int, Any] = {
 
 def pack(records: Iterable[Any]) -> bytes:
     """Records of one kind, one after the other."""
-    return b"".join(type(r).LAYOUT.pack(*r) for r in records)
+    return b"".join(LAYOUTS[type(r)].pack(*r) for r in records)
 
 
-def unpack(kind: Any, data: bytes | memoryview) -> list[Any]:
+def unpack(kind: type[R], data: bytes | memoryview) -> list[R]:
     """The records of class `kind` in `data`, whose length must be a multiple of the record's."""
-    return [kind._make(fields) for fields in kind.LAYOUT.iter_unpack(data)]
+    return [kind(*fields) for fields in LAYOUTS[kind].iter_unpack(data)]
 
 
 def dims4(shape: tuple[int, ...]) -> tuple[int, int, int, int]:

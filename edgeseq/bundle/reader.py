@@ -35,7 +35,7 @@ class BundleFile:
             raise UsageError(f"{path} is not a bundle: there is no {self.path.name}", "make one with 'edgeseq compile'")
         with open(self.path, "rb") as file:
             size = self.path.stat().st_size
-            if size < f.Header.LAYOUT.size:
+            if size < f.size_of(f.Header):
                 raise self._refuse(f"has {size} bytes, less than a header")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
@@ -48,9 +48,9 @@ class BundleFile:
         return BundleError(f"{self.path}: {reason}", HINT)
 
     def _open(self, size: int, check_weights: bool) -> None:
-        self.header = f.Header._make(f.Header.LAYOUT.unpack_from(self._view))
+        self.header = f.unpack(f.Header, self._view[: f.size_of(f.Header)])[0]
         table = _table(self.header, self._view, size)
-        _check_layout(table, self._view, size, f.Header.LAYOUT.size + len(table) * f.SectionRecord.LAYOUT.size)
+        _check_layout(table, self._view, size, f.size_of(f.Header) + len(table) * f.size_of(f.SectionRecord))
         self.sections = {section.kind: section for section in table}
         for section in table:
             if section.kind != f.WEIGHTS or check_weights:
@@ -91,7 +91,7 @@ def _table(header: f.Header, view: memoryview, size: int) -> list[f.SectionRecor
         raise BundleError(f"has {size} bytes, its header says {header.file_bytes}")
     if header.n_sections != len(f.SECTION_NAMES):
         raise BundleError(f"has {header.n_sections} sections, expected {len(f.SECTION_NAMES)}")
-    start, record = f.Header.LAYOUT.size, f.SectionRecord.LAYOUT.size
+    start, record = f.size_of(f.Header), f.size_of(f.SectionRecord)
     end = start + header.n_sections * record
     if end > size:
         raise BundleError(f"ends inside its section table, at {size} bytes")
@@ -128,8 +128,8 @@ def _check_layout(table: list[f.SectionRecord], view: memoryview, size: int, end
 def _check_section(section: f.SectionRecord, view: memoryview) -> None:
     name = f.SECTION_NAMES[section.kind]
     record = f.RECORDS.get(section.kind)
-    if section.count * (record.LAYOUT.size if record else 1) != section.bytes:
-        raise BundleError(f"has {section.bytes} bytes of {name} for {section.count} records")
+    if section.records * (f.size_of(record) if record else 1) != section.bytes:
+        raise BundleError(f"has {section.bytes} bytes of {name} for {section.records} records")
     crc = 0
     for start in range(section.offset, section.offset + section.bytes, _CHUNK):
         crc = zlib.crc32(view[start : min(start + _CHUNK, section.offset + section.bytes)], crc)

@@ -41,7 +41,7 @@ def write_plan(plan: Plan, path: Path, progress: Progress | None = None) -> int:
 def _write(plan: Plan, encoded: Encoded, file: BinaryIO, progress: Progress | None) -> None:
     table: list[f.SectionRecord] = []
     n_sections = len(f.SECTION_NAMES)
-    file.write(bytes(f.Header.LAYOUT.size + n_sections * f.SectionRecord.LAYOUT.size))
+    file.write(bytes(f.size_of(f.Header) + n_sections * f.size_of(f.SectionRecord)))
     for kind in sorted(encoded.sections):
         _pad(file, f.SECTION_ALIGNMENT)
         data = encoded.sections[kind]

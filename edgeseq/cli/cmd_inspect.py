@@ -143,9 +143,16 @@ def _export(path: Path) -> tuple[dict[str, Any], str]:
     from edgeseq.manifest import load_manifest
 
     manifest = load_manifest(path)
-    graphs = [{"name": g.file, "tokens": g.signature.tokens, "ops": _ops(path / g.file)} for g in manifest.graphs]
+    graphs: list[dict[str, Any]] = [
+        {"name": g.file, "tokens": g.signature.tokens, "ops": _ops(path / g.file)} for g in manifest.graphs
+    ]
     slots = list(manifest.step.signature.state)
-    facts = {"kind": "export", **asdict(manifest), "graphs": graphs, "state": [asdict(s) for s in slots]}
+    facts: dict[str, Any] = {
+        "kind": "export",
+        **asdict(manifest),
+        "graphs": graphs,
+        "state": [asdict(s) for s in slots],
+    }
     facts["state_bytes"] = sum(s.nbytes for s in slots)
     ops = {op for graph in graphs for op in graph["ops"]}
     rows = [[op, *(graph["ops"].get(op, 0) for graph in graphs)] for op in sorted(ops)]

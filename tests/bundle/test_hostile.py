@@ -18,8 +18,8 @@ from edgeseq.bundle.writer import write_plan
 from edgeseq.errors import BundleError, UsageError
 from tests.bundle.plans import gpu_plan, recurrent_plan
 
-HEADER = f.Header.LAYOUT.size
-TABLE = f.SectionRecord.LAYOUT.size
+HEADER = f.size_of(f.Header)
+TABLE = f.size_of(f.SectionRecord)
 N = len(f.SECTION_NAMES)
 
 
@@ -27,7 +27,7 @@ class File:
     """A bundle taken apart: header, table, sections. `build` puts it together again with checksums that fit."""
 
     def __init__(self, data: bytes) -> None:
-        self.header = f.Header._make(f.Header.LAYOUT.unpack_from(data))
+        self.header = f.unpack(f.Header, data[:HEADER])[0]
         self.table = f.unpack(f.SectionRecord, data[HEADER : HEADER + N * TABLE])
         self.sections = {s.kind: bytearray(data[s.offset : s.offset + s.bytes]) for s in self.table}
 
@@ -51,7 +51,7 @@ class File:
             body += bytes(align(len(body), 4096 if s.kind == f.WEIGHTS else 64) - len(body))
             data = self.sections[s.kind]
             record = f.RECORDS.get(s.kind)
-            count = len(data) // record.LAYOUT.size if record else len(data)
+            count = len(data) // f.size_of(record) if record else len(data)
             table.append(f.SectionRecord(s.kind, zlib.crc32(data), len(body), len(data), count))
             body += data
         self.header = self.header._replace(file_bytes=len(body))
@@ -131,8 +131,8 @@ TABLES: dict[str, tuple[int, dict[str, Any], str]] = {
     "overlapping": (4, {"offset": 64}, "before the end of what precedes it"),
     "past the end": (4, {"bytes": 1 << 62}, "after the file's"),
     "a gap": (10, {"offset": 4032}, "a gap before TOKENIZER"),
-    "records that do not fill it": (4, {"count": 1}, "bytes of IO for 1 records"),
-    "bytes behind the last": (11, {"bytes": 4, "count": 4}, "bytes after its last section"),
+    "records that do not fill it": (4, {"records": 1}, "bytes of IO for 1 records"),
+    "bytes behind the last": (11, {"bytes": 4, "records": 4}, "bytes after its last section"),
     "checksum": (4, {"crc": 1}, "IO section whose checksum"),
 }
 
