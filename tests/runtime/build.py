@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from runtimes import C_DIR, sources
@@ -19,7 +24,7 @@ QEMU = shutil.which("qemu-aarch64-static")
 KERNELS = C_DIR / "tests" / "handmade_kernels.c"
 
 
-def run(command: list[str | Path], timeout: float = 300, env: dict[str, str] | None = None) -> str:
+def run(command: Sequence[str | Path], timeout: float = 300, env: dict[str, str] | None = None) -> str:
     """Standard output; a failure shows the whole conversation."""
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
@@ -28,25 +33,44 @@ def run(command: list[str | Path], timeout: float = 300, env: dict[str, str] | N
     return done.stdout
 
 
-def compile_c(out: Path, files: list[Path], flags: list[str], compiler: list[str] | None = None) -> Path:
+def compile_c(out: Path, files: Sequence[Path], flags: list[str], compiler: list[str] | None = None) -> Path:
     """One command from C files to `out`."""
     command = [*(compiler or ["gcc"]), *WARNINGS, *HIDDEN, *flags, "-o", out, *files]
     run(command)
     return out
 
 
+SANITIZE = ["-g", "-O1", "-fno-sanitize-recover=all"]
+
+
 def plan_id() -> str:
     return f"-DPLAN_ID=0x{handmade.parts().plan_id:08x}u"
 
 
-def program(out: Path, main: Path, flags: list[str], compiler: list[str] | None = None) -> Path:
-    """A program: runtime + hand-made kernels + `main`."""
-    return compile_c(out, [*sources(), KERNELS, main], [plan_id(), *flags], compiler)
+@cache
+def core(flags: tuple[str, ...], compiler: tuple[str, ...] = ("gcc",)) -> list[Path]:
+    """The runtime's objects, compiled once per set of flags, two at a time."""
+    out = Path(tempfile.mkdtemp(prefix="edgeseq-core-"))
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
+    objects = [out / f"{source.stem}.o" for source in sources()]
+
+    def one(source: Path, target: Path) -> None:
+        run([*compiler, *WARNINGS, *HIDDEN, *flags, "-c", source, "-o", target])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, sources(), objects))
+    return objects
+
+
+def program(out: Path, main: Path, flags: list[str], *more: Path, compiler: list[str] | None = None) -> Path:
+    """A program: the runtime, `main` and `more` C files (KERNELS for the hand-made ones)."""
+    objects = core(tuple(f for f in flags if not f.startswith("-Wl,")), tuple(compiler or ["gcc"]))
+    return compile_c(out, [main, *more, *objects], [plan_id(), *flags], compiler)
 
 
 def bundle(directory: Path) -> Path:
     """The hand-made bundle: model.edgeseq and libmodel.so."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model.edgeseq").write_bytes(handmade.parts().build())
-    compile_c(directory / "libmodel.so", [*sources(), KERNELS], [plan_id(), "-O2", "-fPIC", "-shared"])
+    program(directory / "libmodel.so", KERNELS, ["-O2", "-fPIC", "-shared"])
     return directory

@@ -7,23 +7,42 @@ enum { ES_READ_BLOCK = 256 * 1024, ES_READ_LINE = 256 };
 
 typedef uint64_t es_i_wide __attribute__((vector_size(64)));
 
-/* args: the first byte, the number of bytes (a multiple of a line). Block b reads 256 KiB. */
-static void es_i_read_blocks(void *const *args, int32_t begin, int32_t end)
-{
-    const uint8_t *data = (const uint8_t *)args[0];
-    uint64_t bytes = *(const uint64_t *)args[1];
-    uint64_t first = (uint64_t)begin * ES_READ_BLOCK, last = (uint64_t)end * ES_READ_BLOCK;
-    es_i_wide a = {0}, b = {0}, c = {0}, d = {0}, w[4];
-    for (uint64_t at = first; at < (last < bytes ? last : bytes); at += ES_READ_LINE) {
-        memcpy(w, data + at, sizeof w);
-        a ^= w[0];
-        b ^= w[1];
-        c ^= w[2];
-        d ^= w[3];
+/* args: the first byte, the number of bytes (a multiple of a line). Block b reads 256 KiB. The widest loads that the
+ * CPU has, since one core reaches its bandwidth with nothing less. */
+#define ES_READER(name, target_attribute)                                                                         \
+    target_attribute static void name(void *const *args, int32_t begin, int32_t end)                              \
+    {                                                                                                             \
+        const uint8_t *data = (const uint8_t *)args[0];                                                           \
+        uint64_t bytes = *(const uint64_t *)args[1];                                                              \
+        uint64_t first = (uint64_t)begin * ES_READ_BLOCK, last = (uint64_t)end * ES_READ_BLOCK;                   \
+        es_i_wide a = {0}, b = {0}, c = {0}, d = {0}, w[4];                                                       \
+        for (uint64_t at = first; at < (last < bytes ? last : bytes); at += ES_READ_LINE) {                       \
+            memcpy(w, data + at, sizeof w);                                                                       \
+            a ^= w[0];                                                                                            \
+            b ^= w[1];                                                                                            \
+            c ^= w[2];                                                                                            \
+            d ^= w[3];                                                                                            \
+        }                                                                                                         \
+        a ^= b ^ c ^ d;                                                                                           \
+        uint64_t sum = a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];                                     \
+        __asm__ __volatile__("" : : "r"(sum) : "memory"); /* keeps the loads */                                   \
     }
-    a ^= b ^ c ^ d;
-    uint64_t sum = a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
-    __asm__ __volatile__("" : : "r"(sum) : "memory"); /* keeps the loads */
+
+ES_READER(es_i_read_any, )
+#if defined(__x86_64__)
+ES_READER(es_i_read_avx2, __attribute__((target("avx2"))))
+ES_READER(es_i_read_avx512, __attribute__((target("avx512f"))))
+#endif
+
+static es_kernel_fn es_i_reader(void)
+{
+#if defined(__x86_64__)
+    if (es_cpu_has("avx512f") == 1)
+        return es_i_read_avx512;
+    if (es_cpu_has("avx2") == 1)
+        return es_i_read_avx2;
+#endif
+    return es_i_read_any;
 }
 
 es_status es_measure_read(es_model *model, const void *data, size_t bytes, uint32_t repeats, double *rate)
@@ -38,11 +57,12 @@ es_status es_measure_read(es_model *model, const void *data, size_t bytes, uint3
     if (blocks < 1 || blocks > INT32_MAX || repeats < 1)
         return ES_E_RANGE;
     void *const args[] = {(void *)(uintptr_t)data, &whole};
+    es_kernel_fn reader = es_i_reader();
     uint64_t best = UINT64_MAX;
     pthread_mutex_lock(&model->lock);
     for (uint32_t i = 0; i < repeats; i++) {
         uint64_t start = es_i_now();
-        es_i_pool_launch(&model->pool, es_i_read_blocks, args, (int32_t)blocks);
+        es_i_pool_launch(&model->pool, reader, args, (int32_t)blocks);
         uint64_t ns = es_i_now() - start;
         best = ns < best ? ns : best;
     }
