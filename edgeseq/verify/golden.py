@@ -1,0 +1,79 @@
+"""`golden.safetensors`: what PyTorch said when the model was exported. The file may come from anybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeseq.errors import BundleError, UsageError
+from edgeseq.spec import StepSignature
+from edgeseq.verify.report import Array
+
+FILE = "golden.safetensors"
+HINT = "export the model again"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Token models: tokens int64 [n], logits float32 [n,V]. Other step models: inputs and outputs [n,...] by name."""
+
+    tokens: Array | None
+    logits: Array | None
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+
+def load_golden(directory: Path, signature: StepSignature) -> Golden:
+    """Read and check the golden of a model whose step has `signature`.
+
+    UsageError if there is none, BundleError for one that is malformed or does not belong to the signature.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise UsageError(f"{directory} has no {FILE}, so there is nothing to compare with", HINT)
+    tensors = _read(path)
+    takes_tokens = any(spec.role == "tokens" for spec in signature.inputs)
+    if takes_tokens:
+        return _tokens(path, tensors, signature)
+    shapes = {f"input.{s.name}": s for s in signature.inputs} | {f"output.{s.name}": s for s in signature.outputs}
+    lengths = {len(tensors[name]) for name in shapes if name in tensors and tensors[name].ndim}
+    for name, spec in shapes.items():
+        if name not in tensors or tensors[name].shape[1:] != spec.shape[1:] or len(lengths) != 1 or 0 in lengths:
+            raise BundleError(f"{path} does not hold {name} as [n, {', '.join(map(str, spec.shape[1:]))}]", HINT)
+    return Golden(
+        None,
+        None,
+        {s.name: tensors[f"input.{s.name}"] for s in signature.inputs},
+        {s.name: tensors[f"output.{s.name}"] for s in signature.outputs},
+    )
+
+
+def _read(path: Path) -> dict[str, Array]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise BundleError(f"{path} is not a safetensors file: {error}", HINT) from None
+
+
+def _tokens(path: Path, tensors: dict[str, Array], signature: StepSignature) -> Golden:
+    tokens, logits = tensors.get("tokens"), tensors.get("logits")
+    vocabulary = signature.outputs[0].shape[-1]
+    if tokens is None or logits is None:
+        raise BundleError(f"{path} does not hold tokens and logits", HINT)
+    if tokens.dtype != np.int64 or tokens.ndim != 1 or len(tokens) == 0:
+        raise BundleError(f"{path}: tokens are {tokens.dtype} {list(tokens.shape)}, expected int64 [n]", HINT)
+    if logits.dtype != np.float32 or logits.shape != (len(tokens), vocabulary):
+        raise BundleError(
+            f"{path}: logits are {logits.dtype} {list(logits.shape)}, expected float32 [{len(tokens)}, {vocabulary}]",
+            HINT,
+        )
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise BundleError(f"{path}: a token is not in the vocabulary of {vocabulary}", HINT)
+    if not np.isfinite(logits).all():
+        raise BundleError(f"{path}: a logit is not finite", HINT)
+    return Golden(tokens, logits, {}, {})
