@@ -71,29 +71,30 @@ def _horner(x: Expr, coefficients: list[float]) -> Expr:
 
 
 def exp(x: Expr) -> Expr:
-    """2^n * p(r) with n = floor(x log2(e) + 1/2), |r| <= ln(2)/2; below -87.3 the result is 0."""
+    """2^n * p(r) with n = floor(x log2(e) + 1/2), |r| <= ln(2)/2; 0 below -87.3, infinity above 88.37."""
 
     def scaled(a: Expr, n: Expr, r: Expr) -> Expr:
         p = _horner(r, [1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5])
         bits = (T.Cast(_typed("int32", a), n) + _splat(127, a, "int32")) << _splat(23, a, "int32")
         value = (_fma(p, r * r, r) + _splat(1.0, a)) * T.reinterpret(_typed("float32", a), bits)
+        value = tirx.Select(a > _splat(88.37, a), _splat(float("inf"), a), value)
         return tirx.Select(a < _splat(-87.3, a), _splat(0.0, a), value)
 
     def reduced(a: Expr, n: Expr) -> Expr:
         r = _fma(n, _splat(2.12194440e-4, a), _fma(n, _splat(-0.693359375, a), a))
         return _let(r, lambda rv: scaled(a, n, rv))
 
-    def clamped(a: Expr) -> Expr:
-        hi = tirx.Select(a > _splat(88.37, a), _splat(88.37, a), a)
-        return _let(
-            hi, lambda h: _let(_floor(h * _splat(1.44269504, h) + _splat(0.5, h)), lambda n: reduced(h, n))
-        )
+    def rounded(a: Expr) -> Expr:
+        return _let(_floor(a * _splat(1.44269504, a) + _splat(0.5, a)), lambda n: reduced(a, n))
 
-    return _let(x, clamped)
+    return _let(x, rounded)
 
 
 def log(x: Expr) -> Expr:
-    """Exponent plus a polynomial in m - 1, m in [sqrt(1/2), sqrt(2)); x must be positive and normal."""
+    """Exponent plus a polynomial in m - 1, m in [sqrt(1/2), sqrt(2)); -infinity at 0, NaN below.
+
+    Subnormal x counts as the smallest normal number or less: the result is between -88.1 and -87.3.
+    """
 
     def split(bits: Expr) -> Expr:
         # Shift the mantissa range to [sqrt(1/2), sqrt(2)) by adding its complement before taking the exponent.
@@ -115,7 +116,13 @@ def log(x: Expr) -> Expr:
         y = p * m * z - e * _splat(2.12194440e-4, m) - z * _splat(0.5, m)
         return m + y + e * _splat(0.693359375, m)
 
-    return _let(T.reinterpret(_typed("int32", x), x), split)
+    def whole(a: Expr) -> Expr:
+        inf, zero = _splat(float("inf"), a), _splat(0.0, a)
+        edge = tirx.Select(a.equal(zero), zero - inf, _splat(float("nan"), a))
+        finite = tirx.Select(a.equal(inf), inf, _let(T.reinterpret(_typed("int32", a), a), split))
+        return tirx.Select(a > zero, finite, edge)
+
+    return _let(x, whole)
 
 
 def log1p(x: Expr) -> Expr:
@@ -123,7 +130,8 @@ def log1p(x: Expr) -> Expr:
 
     def corrected(a: Expr, u: Expr) -> Expr:
         one = _splat(1.0, a)
-        return tirx.Select(u.equal(one), a, log(u) * (a / tirx.Select(u.equal(one), one, u - one)))
+        ratio = tirx.Select(u.equal(a), one, a / tirx.Select(u.equal(one), one, u - one))
+        return tirx.Select(u.equal(one), a, log(u) * ratio)
 
     return _let(x, lambda a: _let(a + _splat(1.0, a), lambda u: corrected(a, u)))
 

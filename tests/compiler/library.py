@@ -1,0 +1,96 @@
+"""Kernels of many variants in one shared object, called through ctypes on guarded memory."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseq.compiler.codegen import KernelSet
+from edgeseq.compiler.ir import GenericRef, KernelRef
+from edgeseq.compiler.targets import resolve
+
+GUARD = 256
+CANARY = 0xA5
+
+
+def link_shared(objects: Path, out: Path) -> Path:
+    """A shared object of one relocatable object, by gcc where there is one, else by zig."""
+    compiler = ["gcc"] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
+    subprocess.run([*compiler, "-shared", "-o", str(out), str(objects)], check=True, capture_output=True)
+    return out
+
+
+class Guarded:
+    """A copy of `array` between two canaries, `shift` bytes off a 64-byte boundary."""
+
+    def __init__(self, array: NDArray, shift: int = 0) -> None:
+        room = array.nbytes + 2 * GUARD + 64 + shift
+        self.raw = np.full(room, CANARY, np.uint8)
+        self.start = GUARD + (-(self.raw.ctypes.data + GUARD)) % 64 + shift
+        self.end = self.start + array.nbytes
+        self.array: NDArray = self.raw[self.start : self.end].view(array.dtype).reshape(array.shape)
+        self.array[...] = array
+
+    def check(self) -> None:
+        assert (self.raw[: self.start] == CANARY).all(), "written before the buffer"
+        assert (self.raw[self.end :] == CANARY).all(), "written behind the buffer"
+
+
+class Library:
+    """Compiled variants of this machine's kernels; `call` runs the blocks of one in a random order."""
+
+    def __init__(self, folder: Path, refs: Iterable[tuple[KernelRef | GenericRef, int]]) -> None:
+        self.kernels = KernelSet(resolve("host"))
+        for ref, n_args in refs:
+            self.kernels.add(ref, n_args)
+        self.kernels.write_object(folder / "kernels.o")
+        self.native = ctypes.CDLL(str(link_shared(folder / "kernels.o", folder / "kernels.so")))
+
+    def call(
+        self,
+        ref: KernelRef | GenericRef,
+        arrays: Sequence[NDArray],
+        access: str,
+        shifts: Sequence[int] = (),
+        seed: int = 0,
+    ) -> list[NDArray]:
+        """Run the kernel on copies of `arrays`; returns the copies of those that `access` ("r", "w", "m") lets change.
+
+        Fails when anything else changes, inputs and the memory around every buffer included.
+        """
+        name = self.kernels.names[ref]
+        shifts = shifts or [0] * len(arrays)
+        held = [Guarded(a, s) for a, s in zip(arrays, shifts, strict=True)]
+        pointers = [ctypes.c_void_p(h.array.ctypes.data) for h in held]
+        blocks = np.random.default_rng(seed).permutation(self.kernels.grids[name])
+        function = getattr(self.native, name)
+        function.restype = None
+        for block in blocks:
+            function(*pointers, ctypes.c_int32(int(block)))
+        for h, before, how in zip(held, arrays, access, strict=True):
+            h.check()
+            if how == "r":
+                assert h.array.tobytes() == before.tobytes(), "an input was written"
+        return [h.array for h, how in zip(held, access, strict=True) if how != "r"]
+
+
+def refs(params: Iterable[Any]) -> list[tuple[KernelRef, int]]:
+    """Kernel references of parameter objects, which name their kernel by the module they come from."""
+    return [(ref(p), len(p.args)) for p in params]
+
+
+def ref(p: Any) -> KernelRef:
+    return KernelRef(type(p).__module__.rpartition(".")[2], p)
+
+
+def unset(*shape: int, dtype: str = "float32") -> NDArray:
+    """Memory that a kernel has to write: NaN, or a value no result has."""
+    return np.full(shape, np.nan if dtype == "float32" else 99, dtype)
