@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from dataclasses import replace
 
 from edgeseq.errors import CompileError
 from edgeseq.spec import DTYPE_BYTES, StepSignature
@@ -11,6 +13,7 @@ from . import generic
 from .graph import Graph, Node, Weight
 from .ir import Arg, Call, GenericRef, KernelRef, Storage, Value
 from .kernels.copy import Copy
+from .kernels.quantize import BLOCK, Quantize, blocks
 from .pack import packed_shape
 from .rules import Claim, rules_by_op
 from .targets import Target
@@ -19,18 +22,24 @@ from .views import VIEW_OPS, view_of
 
 
 class Memory:
-    """Storages that every graph of a model shares: weights by (name, layout), state slots, inputs and outputs."""
+    """Storages that every graph of a model shares: weights by origin and layout, state slots, inputs and outputs."""
 
     def __init__(self) -> None:
-        self.weights: dict[tuple[str, str], Storage] = {}
-        self.sources: dict[str, Weight] = {}
+        self.weights: dict[tuple[Hashable, str], Storage] = {}
+        self.sources: dict[Storage, tuple[Weight, ...]] = {}
         self.state: dict[str, Storage] = {}
         self.io: dict[str, Storage] = {}
 
-    def weight(self, source: Weight, layout: str) -> Storage:
-        nbytes = math.prod(packed_shape(layout, source.shape)) * DTYPE_BYTES[source.dtype]
-        self.sources[source.name] = source
-        return self.weights.setdefault((source.name, layout), Storage("weight", source.name, nbytes, layout))
+    def weight(self, layout: str, *sources: Weight) -> Storage:
+        """The packed form of one tensor (or of codes and scales); the same bytes of a file are packed once."""
+        first = sources[0]
+        origin = (first.file, first.offset) if first.file else first.name
+        if (origin, layout) not in self.weights:
+            nbytes = math.prod(packed_shape(layout, first.shape)) * DTYPE_BYTES[first.dtype]
+            storage = Storage("weight", first.name, nbytes, layout)
+            self.weights[(origin, layout)] = storage
+            self.sources[storage] = sources
+        return self.weights[(origin, layout)]
 
     def slot(self, name: str, nbytes: int) -> Storage:
         return self.state.setdefault(name, Storage("state", name, nbytes))
@@ -49,6 +58,7 @@ class Lowering:
         self.calls: list[Call] = []
         self.arena: list[Storage] = []
         self._values: dict[str, Value] = {}
+        self._quantized: dict[tuple[str, int], tuple[Value, Value, Value]] = {}
         self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
         for name in graph.inputs:
             self._define_input(name)
@@ -80,7 +90,28 @@ class Lowering:
 
     def weight(self, name: str, layout: str) -> Value:
         source = self.graph.weights[name]
-        return Value(name, source.dtype, source.shape, self.memory.weight(source, layout))
+        return Value(name, source.dtype, source.shape, self.memory.weight(layout, source))
+
+    def weight_q(self, codes: str, scales: str, shape: tuple[int, int], bits: int, signed: bool) -> Value:
+        """Block-quantised codes [M, K/32, 4*bits] and their scales [M, K/32] as one packed weight of M x K."""
+        blocks = -(-shape[1] // 32)
+        c, s = self.graph.weights[codes], self.graph.weights[scales]
+        c = replace(c, shape=(shape[0], blocks, 4 * bits))
+        s = replace(s, shape=(shape[0], blocks))
+        storage = self.memory.weight("s8x16" if signed and bits == 8 else f"q{bits}x16", c, s)
+        return Value(codes, "uint8", (storage.nbytes,), storage)
+
+    def quantized(self, name: str, zero: int) -> tuple[Value, Value, Value]:
+        """`name` as int8 blocks, their scales and offsets; computed once for all products that read it."""
+        if (name, zero) not in self._quantized:
+            x = self.rows(name)
+            n = blocks(x.cols)
+            q = self._scratch(f"{name}.q", "int8", (x.rows, n * BLOCK))
+            scale, offset = (self._scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32")))
+            ref = KernelRef("quantize", Quantize(x.rows, x.cols, x.ld, zero))
+            self.call(ref, Arg(x, "r"), Arg(q, "w"), Arg(scale, "w"), Arg(offset, "w"))
+            self._quantized[(name, zero)] = (q, scale, offset)
+        return self._quantized[(name, zero)]
 
     def owns_state(self, past: str, present: str, nodes: tuple[Node, ...]) -> bool:
         """Whether `nodes` may update slot `past` in place and leave it as `present`."""
@@ -211,7 +242,7 @@ class Lowering:
         for name, array in fused.constants.items():
             unique = f"{self.graph.label}.{group[0].outputs[0]}.{name}"
             source = Weight(unique, str(array.dtype), array.shape or (1,), None, 0, array)
-            local[name] = Value(unique, source.dtype, source.shape, self.memory.weight(source, "plain"))
+            local[name] = Value(unique, source.dtype, source.shape, self.memory.weight("plain", source))
         for call in fused.calls:
             args = [Arg(local[i] if i in local else self.dense(i), "r") for i in call.inputs]
             for out in call.outputs:
@@ -227,10 +258,12 @@ class Lowering:
     def _intermediate(self, out: str, holders: dict[str, str], kind: tuple[str, tuple[int, ...]]) -> Value:
         if out in holders:
             return self.result(holders[out])
-        dtype, shape = kind
-        storage = Storage("arena", out, math.prod(shape) * DTYPE_BYTES[dtype])
+        return self._scratch(out, *kind)
+
+    def _scratch(self, name: str, dtype: str, shape: tuple[int, ...]) -> Value:
+        storage = Storage("arena", name, math.prod(shape) * DTYPE_BYTES[dtype])
         self.arena.append(storage)
-        return Value(out, dtype, shape, storage)
+        return Value(name, dtype, shape, storage)
 
     def _with_strided_views(self, group: list[Node]) -> list[Node]:
         """Pull in views whose result is not contiguous, and views of the group's own results."""

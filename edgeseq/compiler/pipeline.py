@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -103,7 +104,7 @@ def _plan(
     state_bytes = place([memory.slot(s.name, s.nbytes) for s in slots])
     io_bytes = place(memory.io.values())
     names = _tensor_names(memory)
-    tensors = tuple(_tensor(names[key], memory.sources[key[0]], s) for key, s in memory.weights.items())
+    tensors = tuple(_tensor(names[s], memory.sources[s], s) for s in memory.weights.values())
     graphs = tuple(_graph(g, calls, arena, memory, kernels, names) for g, calls, arena in lowered)
     return Plan(
         manifest=manifest,
@@ -119,21 +120,19 @@ def _plan(
     )
 
 
-def _tensor_names(memory: Memory) -> dict[tuple[str, str], str]:
+def _tensor_names(memory: Memory) -> dict[Storage, str]:
     """A tensor packed in two layouts carries the layout in its name."""
-    counts: dict[str, int] = {}
-    for name, _ in memory.weights:
-        counts[name] = counts.get(name, 0) + 1
-    return {(n, layout): n if counts[n] == 1 else f"{n}@{layout}" for n, layout in memory.weights}
+    counts = Counter(s.name for s in memory.weights.values())
+    return {s: s.name if counts[s.name] == 1 else f"{s.name}@{s.layout}" for s in memory.weights.values()}
 
 
-def _tensor(name: str, source: Weight, storage: Storage) -> PlanTensor:
-    shape = packed_shape(storage.layout, source.shape)
+def _tensor(name: str, sources: tuple[Weight, ...], storage: Storage) -> PlanTensor:
+    shape = packed_shape(storage.layout, sources[0].shape)
 
     def data() -> np.ndarray:
-        return pack(storage.layout, source.load().reshape(source.shape))
+        return pack(storage.layout, *(s.load().reshape(s.shape) for s in sources))
 
-    return PlanTensor(name, storage.layout, source.dtype, shape, storage.nbytes, data)
+    return PlanTensor(name, storage.layout, sources[0].dtype, shape, storage.nbytes, data)
 
 
 def _graph(
@@ -142,7 +141,7 @@ def _graph(
     arena: int,
     memory: Memory,
     kernels: KernelSet,
-    names: dict[tuple[str, str], str],
+    names: dict[Storage, str],
 ) -> PlanGraph:
     signature = graph.signature
     io = [PlanIO(s, "in", memory.io[s.name].offset) for s in signature.inputs if s.name in memory.io]
@@ -151,15 +150,15 @@ def _graph(
     return PlanGraph(Path(graph.file).stem, signature.tokens, align(arena), launches, tuple(io))
 
 
-def _launch(call: Call, kernels: KernelSet, names: dict[tuple[str, str], str]) -> PlanLaunch:
+def _launch(call: Call, kernels: KernelSet, names: dict[Storage, str]) -> PlanLaunch:
     name = kernels.names[call.kernel]
     args = tuple(_arg(a, names) for a in call.args)
     return PlanLaunch(name, (kernels.grids[name], 1, 1), (1, 1, 1), args, call.outputs_only, call.traffic)
 
 
-def _arg(arg: Arg, names: dict[tuple[str, str], str]) -> PlanArg:
+def _arg(arg: Arg, names: dict[Storage, str]) -> PlanArg:
     value, storage = arg.value, arg.value.storage
     if storage.kind == "weight":
-        return PlanArg("weights", "r", names[(storage.name, storage.layout)], 0, storage.nbytes)
+        return PlanArg("weights", "r", names[storage], 0, storage.nbytes)
     item = DTYPE_BYTES[value.dtype]
     return PlanArg(_SPACES[storage.kind], arg.access, None, storage.offset + value.offset * item, value.span * item)

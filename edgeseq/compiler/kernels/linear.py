@@ -8,6 +8,7 @@ registers while W is reused across tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..tvm_api import PrimFunc, T
 from . import Built
@@ -93,7 +94,7 @@ def _gemv(k: Kernel, p: Linear, groups: int) -> None:
         unroll //= 2
         for u in range(unroll):
             store(acc, u * LANES, load(acc, u * LANES) + load(acc, (u + unroll) * LANES))
-    _guard_tail(k.block, groups, p.M, lambda lanes: _epilogue(k, p, acc, 0, 0, k.block * LANES, lanes))
+    guard_tail(k.block, groups, p.M, lambda lanes: epilogue(k, p, acc, 0, 0, k.block * LANES, lanes))
 
 
 def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
@@ -115,13 +116,13 @@ def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
             for r in range(rows):
                 group = k.block * rows + r
                 at = (t * rows + r) * LANES
-                _guard_tail(
+                guard_tail(
                     group, groups, p.M,
-                    lambda lanes, t=t, at=at, group=group: _epilogue(k, p, acc, at, t0 + t, group * LANES, lanes),
+                    lambda lanes, t=t, at=at, group=group: epilogue(k, p, acc, at, t0 + t, group * LANES, lanes),
                 )  # fmt: skip
 
 
-def _guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: ignore[no-untyped-def]
+def guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: ignore[no-untyped-def]
     """The last group of 16 rows may be partly padding: store only the real rows."""
     rest = rows % LANES
     if not rest:
@@ -134,7 +135,7 @@ def _guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: ign
             body(rest)
 
 
-def _epilogue(k: Kernel, p: Linear, acc: Buffer, at: int, t: int, row: Expr, lanes: int) -> None:
+def epilogue(k: Kernel, p: Any, acc: Buffer, at: int, t: int, row: Expr, lanes: int) -> None:
     y = load(acc, at, lanes)
     if p.bias:
         y = y + load(k["bias"], row, lanes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..epilogue import absorb
 from ..ir import Arg, KernelRef
 from ..kernels.linear import Linear
 from . import Claim, Rule
@@ -32,50 +33,36 @@ def _weight(low: Lowering, name: str, transposed: bool) -> tuple[str, str] | Non
     return name, "rows16" if transposed else "columns16"
 
 
+def _plain_gemm(node: Node) -> bool:
+    return (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0), node.attrs.get("transA", 0)) == (1.0, 1.0, 0)
+
+
 def _match(low: Lowering, node: Node) -> Claim | None:
     graph = low.graph
-    if graph.dtype(node.outputs[0]) != "float32":
-        return None
     gemm = node.op == "Gemm"
-    if gemm and (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0), node.attrs.get("transA", 0)) != (1.0, 1.0, 0):
-        return None
     found = _weight(low, node.inputs[1], bool(node.attrs.get("transB", 0)))
-    if found is None:
+    if found is None or graph.dtype(node.outputs[0]) != "float32" or (gemm and not _plain_gemm(node)):
         return None
     weight, layout = found
-    x, out, claimed = node.inputs[0], node.outputs[0], [node]
-    m = graph.shape(out)[-1]
-    bias = node.inputs[2] if gemm and len(node.inputs) > 2 else ""
-    residual = ""
-    if bias and graph.shape(bias) != (m,):
+    x, m = node.inputs[0], graph.shape(node.outputs[0])[-1]
+    own_bias = node.inputs[2] if gemm and len(node.inputs) > 2 else ""
+    if own_bias and (own_bias not in graph.weights or graph.shape(own_bias) != (m,)):
         return None
-    while (add := graph.sole_consumer(out)) is not None and add.op == "Add":
-        other = add.inputs[1] if add.inputs[0] == out else add.inputs[0]
-        if not bias and not residual and other in graph.weights and graph.shape(other) == (m,):
-            bias = other
-        elif not residual and other not in graph.weights and graph.types[other] == graph.types[out]:
-            residual = other
-        else:
-            break
-        claimed.append(add)
-        out = add.outputs[0]
-        if residual:
-            break
+    after = absorb(graph, node.outputs[0], own_bias)
 
     def emit() -> None:
-        xv = low.rows(x)
-        rv = low.rows(residual) if residual else None
-        w = low.weight(weight, layout)
-        y = low.result(out)
+        xv, w = low.rows(x), low.weight(weight, layout)
+        rv = low.rows(after.residual) if after.residual else None
+        y = low.result(after.out)
         params = Linear(
-            T=math.prod(graph.shape(x)[:-1]), M=m, K=xv.cols, ldx=xv.ld, wdtype=w.dtype, bias=bool(bias),
+            T=math.prod(graph.shape(x)[:-1]), M=m, K=xv.cols, ldx=xv.ld, wdtype=w.dtype, bias=bool(after.bias),
             residual=rv is not None, ldr=rv.ld if rv else 0, tile=low.target.gemm_tile,
         )  # fmt: skip
-        optional = [Arg(low.weight(bias, "plain"), "r")] if bias else []
+        optional = [Arg(low.weight(after.bias, "plain"), "r")] if after.bias else []
         optional += [Arg(rv, "r")] if rv else []
         low.call(KernelRef("linear", params), Arg(xv, "r"), Arg(w, "r"), *optional, Arg(y, "w"))
 
-    return Claim(tuple(claimed), (x, *((residual,) if residual else ())), emit)
+    return Claim((node, *after.nodes), (x, *((after.residual,) if after.residual else ())), emit)
 
 
 RULE = Rule(("MatMul", "Gemm"), _match)

@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """How a CPU multiplies bytes. name: see kernels/linear_q; signed: 8-bit weights are stored as s8."""
+
+    name: str
+    signed: bool
+    tile: tuple[int, int]
+
+    def zero(self, bits: int) -> int:
+        """The zero point of the stored codes."""
+        return 0 if bits == 8 and self.signed else 1 << (bits - 1)
+
+
+@dataclass(frozen=True)
 class Target:
     """What the compiler and the linker need to know.
 
@@ -25,6 +38,7 @@ class Target:
     shared:    zig triple of libmodel.so; static: zig triple of the self-contained device driver.
     features:  instruction sets the kernels use; the runtime refuses a CPU that lacks one.
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
+    dot:       the byte product and its tile.
     """
 
     name: str
@@ -33,6 +47,7 @@ class Target:
     static: str
     features: tuple[str, ...]
     gemm_tile: tuple[int, int]
+    dot: Dot
 
     def facts(self) -> dict[str, Any]:
         """For the bundle's metadata."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import Target, cpu_of, llvm_features
+from . import Dot, Target, cpu_of, llvm_features
 
 if TYPE_CHECKING:
     from devices.profile import Profile
@@ -23,4 +23,5 @@ def make(profile: Profile) -> Target:
         static="aarch64-linux-musl",
         features=tuple(ours for theirs, ours in CHECKED.items() if theirs in present),
         gemm_tile=(6, 1),
+        dot=Dot("dotprod" if "dotprod" in present else "plain", signed=True, tile=(4, 1)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import Target, cpu_of, llvm_features
+from . import Dot, Target, cpu_of, llvm_features
 
 if TYPE_CHECKING:
     from devices.profile import Profile
@@ -28,4 +28,11 @@ def make(profile: Profile) -> Target:
         static="x86_64-linux-musl",
         features=tuple(f for f in CHECKED if f in present),
         gemm_tile=(12, 2) if "avx512f" in present else (6, 1),
+        dot=_dot(present),
     )
+
+
+def _dot(present: set[str]) -> Dot:
+    if "avx512vnni" in present:
+        return Dot("vnni", signed=False, tile=(6, 2))
+    return Dot("avx2", signed=True, tile=(4, 1)) if "avx2" in present else Dot("plain", signed=True, tile=(1, 1))
