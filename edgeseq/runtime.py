@@ -293,9 +293,9 @@ class Session:
         self._close = weakref.finalize(self, _close_session, self._lib, handle)
         model._sessions.add(self)
 
-    def prefill(self, ids: Iterable[int]) -> NDArray[np.float32] | None:
-        """Consume ids, by the largest chunk graphs that fit; logits [V] after the last, None when there are no ids
-        and never were. Everything is checked before anything runs."""
+    def prefill(self, ids: Iterable[int]) -> NDArray[np.float32]:
+        """Consume ids, by the largest chunk graphs that fit; logits float32 [V] after the last. Everything is checked
+        before anything runs."""
         tokens = self.model._tokens(ids)
         with self._lock:
             self._run(self._lib.es_prefill(self._open(), _pointer(tokens), len(tokens)), len(tokens))
@@ -306,17 +306,16 @@ class Session:
         (narrow,) = self.model._tokens([int(token)])
         with self._lock:
             self._run(self._lib.es_step(self._open(), int(narrow)), 1)
-            logits = self.logits
-        assert logits is not None
-        return logits
+            return self.logits
 
     @property
-    def logits(self) -> NDArray[np.float32] | None:
-        """A copy of the logits [V] after the last token; None when nothing was run since create, reset or load."""
+    def logits(self) -> NDArray[np.float32]:
+        """A copy of the logits [V] after the last token; RuntimeFailure when nothing was run since create, reset or
+        load (a saved state holds no logits)."""
         with self._lock:
             pointer = self._lib.es_logits(self._open())
             if not pointer:
-                return None
+                raise RuntimeFailure("there are no logits yet", "feed a token first: prefill or step")
             return np.ctypeslib.as_array(pointer, (self.model.info.vocab_size,)).copy()
 
     @property

@@ -190,6 +190,7 @@ FILE_DEFECTS: list[tuple[str, str, Callable[[bytes], bytes]]] = [
     ("ES_E_SECTION_COUNT", "SLOTS has 215 bytes", patched(section(3, 3), "Q", 215)),
     ("ES_E_SECTION_CRC", "META is damaged", patched(448, "B", 77, reseal=False)),
     ("ES_E_SECTION_GAP", "byte 450 before", patched(450, "B", 1)),
+    ("ES_E_SECTION_GAP", "IO starts 296 bytes late", patched(section(4, 2), "Q", 1280)),
     ("ES_E_SECTION_END", "the last section ends at", shorter_weights),
 ]
 

@@ -50,13 +50,17 @@ static es_status es_i_section_check(const es_i_plan *plan, const es_i_section *s
     const char *name = es_i_kinds[section->kind].name;
     if (plan->section[section->kind] != NULL)
         return es_i_fail(why, ES_E_SECTION_KIND, "section %s is there twice", name);
-    if (section->offset % (section->kind == ES_WEIGHTS ? 4096 : 64) != 0)
+    uint64_t alignment = section->kind == ES_WEIGHTS ? 4096 : 64;
+    if (section->offset % alignment != 0)
         return es_i_fail(why, ES_E_SECTION_ALIGN, "section %s starts at %llu, which is misaligned", name,
                          (unsigned long long)section->offset);
     if (section->offset > bytes || section->bytes > bytes - section->offset)
         return es_i_fail(why, ES_E_SECTION_BOUNDS, "section %s ends beyond the file", name);
     if (section->offset < end)
         return es_i_fail(why, ES_E_SECTION_BOUNDS, "section %s overlaps the one before", name);
+    if (section->offset - end >= alignment)
+        return es_i_fail(why, ES_E_SECTION_GAP, "section %s starts %llu bytes late", name,
+                         (unsigned long long)(section->offset - end));
     uint32_t record = es_i_kinds[section->kind].record;
     if (section->bytes % record != 0 || section->count != section->bytes / record)
         return es_i_fail(why, ES_E_SECTION_COUNT, "section %s has %llu bytes for %llu records of %u", name,

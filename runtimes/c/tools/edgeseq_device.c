@@ -105,7 +105,7 @@ static int next_number(const char **text, const char *name, uint64_t largest, ui
         return 0;
     errno = 0;
     *value = strtoull(at, &end, 10);
-    if (end == at || errno != 0 || *at == '-' || *value > largest || strchr(", \t\r\n", *end) == NULL)
+    if (end == at || errno != 0 || *at == '-' || *value > largest || (*end != '\0' && strspn(end, ", \t\r\n") == 0))
         die(2, name, "not a list of numbers");
     *text = end;
     return 1;
