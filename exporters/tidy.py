@@ -25,7 +25,6 @@ FOLD_LIMIT = 1 << 16  # elements of a folded constant
 
 def tidy(model: ir.Model, signature: StepSignature) -> None:
     """All of it, in place. Afterwards `weights(model.graph)` are exactly the initializers without a value."""
-    _name_interface(model.graph, signature)
     model.opset_imports[""] = ONNX_OPSET
     optimizer.fold_constants(
         model,
@@ -34,23 +33,21 @@ def tidy(model: ir.Model, signature: StepSignature) -> None:
         output_size_limit=FOLD_LIMIT,
         should_fold=lambda node: False if any(map(_is_weight, node.inputs)) else None,
     )
-    for clean in (
-        common.RemoveUnusedNodesPass(),
-        common.IdentityEliminationPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-    ):
-        clean(model)
+    common.RemoveUnusedNodesPass()(model)
+    _drop_identities(model.graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_constants(model.graph)
     for clean in (
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
-        common.ClearMetadataAndDocStringPass(),
     ):
         clean(model)
+    _name_interface(model.graph, signature)
     _drop_unused_position(model.graph, signature)
     _name_values(model.graph)
     _attach_functions(model)
+    _forget_metadata(model)
     model.graph.name = f"advance{signature.tokens}"
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "edgeseq", str(VERSION)
@@ -87,6 +84,19 @@ def _name_interface(graph: ir.Graph, signature: StepSignature) -> None:
             graph.append(copy)
             value = graph.outputs[index] = copy.outputs[0]
         value.name = name
+
+
+def _drop_identities(graph: ir.Graph) -> None:
+    """An Identity stays only where an output is also an input, a weight or another output."""
+    for node in [n for n in graph if n.op_type == "Identity" and not n.domain]:
+        source, result = node.inputs[0], node.outputs[0]
+        assert source is not None
+        if result.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue
+            graph.outputs[list(graph.outputs).index(result)] = source
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
 
 
 def _merge_constants(graph: ir.Graph) -> None:
@@ -176,6 +186,15 @@ def _constant_name(array: np.ndarray) -> str:
         return "constant." + "x".join(map(str, array.shape))
     rank = "" if array.ndim else "scalar_"
     return f"{array.dtype}_{rank}" + "_".join(str(item) for item in array.reshape(-1).tolist())
+
+
+def _forget_metadata(model: ir.Model) -> None:
+    """torch notes its own node names and stack traces, with this machine's paths, on values too."""
+    graph = model.graph
+    values = chain(graph.inputs, graph.initializers.values(), *(node.outputs for node in graph))
+    for thing in chain((model, graph), graph, values):
+        thing.metadata_props.clear()
+        thing.doc_string = None
 
 
 def _attach_functions(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from edgeseq.ops.standard import silu
 
 DOC = """Selective state space recurrence over T >= 1 tokens from an explicit state.
 
-  d_t  = clip(softplus(dt_t + dt_bias), dt_min, dt_max)        softplus only if dt_softplus
+  d_t  = clip(softplus(dt_t + dt_bias), dt_min, dt_max)        softplus only if dt_softplus, no clip at the defaults
   S    = exp(d_t * A) * S + B_t (x) (d_t * u_t)                S[N,D]
   y_t  = (C_t . S + D * u_t) * z_t * sigmoid(z_t)              the D and z terms only if given
 """
@@ -50,7 +50,9 @@ def selective_scan(
         dt = dt + dt_bias
     if dt_softplus:
         dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
-    dt = np.clip(dt, dt_min, dt_max).astype(u.dtype)  # [B,T,D]
+    if dt_min > 0 or dt_max < math.inf:
+        dt = np.clip(dt, dt_min, dt_max)
+    dt = dt.astype(u.dtype)  # [B,T,D]
     batch, tokens, channels = u.shape
     S = np.zeros((batch, A.shape[0], channels), u.dtype) if past is None else past.astype(u.dtype)
     y = np.empty_like(u)
@@ -80,7 +82,7 @@ def variant(present: frozenset[str], attributes: Attributes) -> str:
 
 
 def _clips(attributes: Attributes) -> bool:
-    return attributes["dt_min"] > 0 or attributes["dt_max"] < math.inf or not attributes["dt_softplus"]
+    return attributes["dt_min"] > 0 or attributes["dt_max"] < math.inf
 
 
 def body(present: frozenset[str], attributes: Attributes) -> list[NodeProto]:
