@@ -16,14 +16,12 @@ from edgeseq.models.twin import family_of_config
 
 CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
-CONFIGS = {
+ODD = {
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
-    "mamba-tiny": families()["mamba"].tiny,
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
-    "retnet-tiny": families()["retnet"].tiny,
     "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
-    "transformer-tiny": families()["transformer"].tiny,
 }
+CONFIGS = ODD | {f"{name}-tiny": record.tiny for name, record in families().items()}
 
 
 def random_model(config: object, seed: int = 0) -> SequenceModel:

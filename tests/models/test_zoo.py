@@ -97,12 +97,12 @@ def test_random_weights_do_not_depend_on_the_order_of_reading() -> None:
 
 @pytest.mark.parametrize("name", families())
 def test_random_weights_keep_long_runs_finite_and_lively(name: str) -> None:
-    """1000 greedy steps of the tiny shape with random weights: finite, and the scores neither collapse nor explode."""
+    """400 steps of the tiny shape with random weights: finite, and the scores neither collapse nor explode."""
     source = random_source(f"random-{name}", family(name), family(name).tiny)
     model, token = source.build(), torch.zeros(1, 1, dtype=torch.int64)
-    state, spread = model.initial_state(1, 1001), []
+    state, spread = model.initial_state(1, 400), []
     with torch.no_grad():
-        for position in range(1000):
+        for position in range(400):
             logits, *state = model.advance(token, torch.tensor([position]), *state)
             token = (token * 7 + 13 + position) % 256
             spread.append(logits.std().item())
