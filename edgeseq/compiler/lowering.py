@@ -13,7 +13,8 @@ from . import generic
 from .graph import Graph, Node, Weight
 from .ir import Arg, Call, GenericRef, KernelRef, Storage, Value
 from .kernels.copy import Copy
-from .kernels.quantize import BLOCK, Quantize, blocks
+from .kernels._quantise import BLOCK, blocks
+from .kernels.quantize import Quantize
 from .pack import packed_shape
 from .rules import Claim, rules_by_op
 from .targets import Target
@@ -102,16 +103,34 @@ class Lowering:
         return Value(codes, "uint8", (storage.nbytes,), storage)
 
     def quantized(self, name: str, zero: int) -> tuple[Value, Value, Value]:
-        """`name` as int8 blocks, their scales and offsets; computed once for all products that read it."""
+        """`name` as int8 blocks, their scales and offsets; computed once for all products that read it.
+
+        The kernel that made `name` writes them itself where it can.
+        """
         if (name, zero) not in self._quantized:
             x = self.rows(name)
             n = blocks(x.cols)
             q = self._scratch(f"{name}.q", "int8", (x.rows, n * BLOCK))
             scale, offset = (self._scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32")))
-            ref = KernelRef("quantize", Quantize(x.rows, x.cols, x.ld, zero))
-            self.call(ref, Arg(x, "r"), Arg(q, "w"), Arg(scale, "w"), Arg(offset, "w"))
+            outputs = (Arg(q, "w"), Arg(scale, "w"), Arg(offset, "w"))
+            if not self._quantise_at_source(x, zero, outputs):
+                self.call(KernelRef("quantize", Quantize(x.rows, x.cols, x.ld, zero)), Arg(x, "r"), *outputs)
             self._quantized[(name, zero)] = (q, scale, offset)
         return self._quantized[(name, zero)]
+
+    def _quantise_at_source(self, x: Value, zero: int, outputs: tuple[Arg, ...]) -> bool:
+        """Let the call that writes x write its blocks too; x itself goes when only quantised products read it."""
+        maker = next((c for c in reversed(self.calls) if any(a.value is x and a.access == "w" for a in c.args)), None)
+        if maker is None or not isinstance(maker.kernel, KernelRef) or x.cols % (2 * BLOCK):
+            return False
+        op, params = maker.kernel.op, maker.kernel.params
+        only = all(n.op == "com.microsoft.MatMulNBits" for n in self.graph.consumers[x.name])
+        if getattr(params, "quant", 0) is not None or (op != "causal_conv" and not only):
+            return False
+        kept = maker.args if op == "causal_conv" else tuple(a for a in maker.args if a.value is not x)
+        maker.kernel = KernelRef(op, replace(params, quant=zero))
+        maker.args = (*kept, *outputs)
+        return True
 
     def owns_state(self, past: str, present: str, nodes: tuple[Node, ...]) -> bool:
         """Whether `nodes` may update slot `past` in place and leave it as `present`."""
@@ -166,13 +185,14 @@ class Lowering:
         table = rules_by_op()
         taken: set[Node] = set()
         claims = []
-        for node in self.graph.nodes:
-            for rule in table.get(node.op, ()) if node not in taken else ():
-                claim = rule.match(self, node)
-                if claim is not None and not taken & set(claim.nodes):
-                    claims.append(claim)
-                    taken |= set(claim.nodes)
-                    break
+        for absorbing in (True, False):
+            for node in self.graph.nodes:
+                for rule in table.get(node.op, ()) if node not in taken else ():
+                    claim = rule.match(self, node) if rule.absorbs == absorbing else None
+                    if claim is not None and not taken & set(claim.nodes):
+                        claims.append(claim)
+                        taken |= set(claim.nodes)
+                        break
         return claims
 
     def _wanted(self, claims: list[Claim], claimed: set[Node]) -> set[Node]:

@@ -8,7 +8,7 @@ from ..tvm_api import T
 from . import Built
 from ._emit import LANES, kernel, let
 from .linear_q import PAIR_BYTES
-from .quantize import BLOCK, blocks
+from ._quantise import BLOCK, blocks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, splat, store
 from .linear import epilogue, guard_tail
-from .quantize import BLOCK, blocks
+from ._quantise import BLOCK, blocks
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 GROUPS_OF_4 = BLOCK // 4

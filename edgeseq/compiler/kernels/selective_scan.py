@@ -2,7 +2,8 @@
 
 dt <- clip(softplus(dt + dt_bias));  S[n,d] <- exp(dt[d] A[n,d]) S[n,d] + dt[d] u[d] B[n]
 y[d] = (sum_n C[n] S[n,d] + Dskip[d] u[d]) silu(z[d])
-Lanes are channels; the state of a block stays in registers or first-level cache over all tokens.
+Lanes are channels; the state of a block stays in registers or first-level cache over all tokens. The projection
+dt = W_dt r may be part of the kernel: a block needs only its own rows of W_dt.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 
 from ..tvm_api import T, tirx
 from . import Built
-from ._emit import LANES, Expr, kernel, let, load, local, loop, silu, softplus, splat, split_blocks, store
+from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, silu, softplus, splat, split_blocks, store
+from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 
 @dataclass(frozen=True)
 class SelectiveScan:
-    """T tokens, D channels, N states; ld*: floats between tokens of each input."""
+    """T tokens, D channels, N states; ld*: floats between tokens of each input.
+
+    R: rank of dt when it is projected here: `dt` is then r [T,R] and `w` is W_dt [D,R] packed rows16; 0: dt is [T,D].
+    quant: write int8 blocks for weights of this zero point instead of y (D a multiple of 64).
+    """
 
     T: int
     D: int
@@ -27,62 +33,95 @@ class SelectiveScan:
     ldB: int
     ldC: int
     ldz: int = 0
+    R: int = 0
     skip: bool = False
     gate: bool = False
     dt_bias: bool = False
     dt_softplus: bool = True
     dt_min: float = 0.0
     dt_max: float = math.inf
+    quant: int | None = None
 
     @property
     def args(self) -> tuple[str, ...]:
-        optional = [a for a, on in (("Dskip", self.skip), ("z", self.gate), ("dt_bias", self.dt_bias)) if on]
-        return ("u", "dt", "A", "B", "C", *optional, "past", "y")
+        switches = (("w", self.R > 0), ("Dskip", self.skip), ("z", self.gate), ("dt_bias", self.dt_bias))
+        optional = [a for a, on in switches if on]
+        return ("u", "dt", "A", "B", "C", *optional, "past", *(("y",) if self.quant is None else OUTPUTS))
 
 
 def build(name: str, p: SelectiveScan) -> Built:
-    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
-    sizes = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    sizes |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
-    with kernel(name, [(a, "float32", sizes[a]) for a in p.args]) as k:
-        state = local(p.N * LANES)
-        acc = local(LANES)
+    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.R or p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
+    floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
+    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
+    floats["w"] = -(-p.D // LANES) * LANES * p.R
+    sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
+    per_block = LANES if p.quant is None else BLOCK
+    with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
+        strips = per_block // LANES
+        states = [local(p.N * LANES) for _ in range(strips)]
+        result = local(per_block)
 
-        def channels(d: Expr, lanes: int) -> None:
-            for n in range(p.N):
-                store(state, n * LANES, load(k["past"], n * p.D + d, lanes), lanes)
-            loop(p.T, lambda t: token(t, d, lanes))
-            for n in range(p.N):
-                store(k["past"], n * p.D + d, load(state, n * LANES, lanes), lanes)
+        def block(first: Expr, count: int) -> None:
+            cover = [(i * LANES, min(LANES, count - i * LANES)) for i in range(-(-count // LANES))]
+            for state, (at, lanes) in zip(states, cover, strict=False):
+                for n in range(p.N):
+                    store(state, n * LANES, load(k["past"], n * p.D + first + at, lanes), lanes)
 
-        def step_size(t: Expr, d: Expr, lanes: int) -> Expr:
-            dt = load(k["dt"], t * p.lddt + d, lanes)
-            if p.dt_bias:
-                dt = dt + load(k["dt_bias"], d, lanes)
-            dt = let(softplus(dt, lanes) if p.dt_softplus else dt)
-            if p.dt_min > 0.0:
-                dt = let(tirx.Select(dt < splat(p.dt_min, lanes), splat(p.dt_min, lanes), dt))
-            if math.isfinite(p.dt_max):
-                dt = let(tirx.Select(dt > splat(p.dt_max, lanes), splat(p.dt_max, lanes), dt))
-            return dt
+            def token(t: Expr) -> None:
+                for state, (at, lanes) in zip(states, cover, strict=False):
+                    store(result, at, _channels(k, p, state, t, first + at, lanes), lanes)
+                    if p.quant is None:
+                        store(k["y"], t * p.D + first + at, load(result, at, lanes), lanes)
+                if p.quant is not None:
+                    low, high = load(result, 0), load(result, LANES)
+                    write_block(k, t * blocks(p.D) + first // BLOCK, low, high, p.quant)
 
-        def token(t: Expr, d: Expr, lanes: int) -> None:
-            u = let(load(k["u"], t * p.ldu + d, lanes))
-            dt = step_size(t, d, lanes)
-            dtu = let(dt * u)
-            store(acc, 0, splat(0.0, lanes), lanes)
-            for n in range(p.N):
-                decay = T.exp(dt * load(k["A"], n * p.D + d, lanes))
-                s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
-                store(state, n * LANES, s, lanes)
-                s = load(state, n * LANES, lanes)
-                store(acc, 0, load(acc, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)
-            y = load(acc, 0, lanes)
-            if p.skip:
-                y = y + load(k["Dskip"], d, lanes) * u
-            if p.gate:
-                y = y * silu(let(load(k["z"], t * p.ldz + d, lanes)))
-            store(k["y"], t * p.D + d, y, lanes)
+            loop(p.T, token)
+            for state, (at, lanes) in zip(states, cover, strict=False):
+                for n in range(p.N):
+                    store(k["past"], n * p.D + first + at, load(state, n * LANES, lanes), lanes)
 
-        grid = split_blocks(k.block, p.D, LANES, channels)
+        grid = split_blocks(k.block, p.D, per_block, block)
     return Built(k.func, grid)
+
+
+def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Expr:
+    """dt of `lanes` channels from d."""
+    if p.R:
+        acc = local(LANES)
+        store(acc, 0, splat(0.0))
+        with T.serial(p.R) as r:
+            weights = load(k["w"], (d // LANES * p.R + r) * LANES)
+            store(acc, 0, load(acc, 0) + weights * splat(k["dt"][t * p.lddt + r]))
+        dt = load(acc, 0, lanes)
+    else:
+        dt = load(k["dt"], t * p.lddt + d, lanes)
+    if p.dt_bias:
+        dt = dt + load(k["dt_bias"], d, lanes)
+    dt = let(softplus(dt, lanes) if p.dt_softplus else dt)
+    if p.dt_min > 0.0:
+        dt = let(tirx.Select(dt < splat(p.dt_min, lanes), splat(p.dt_min, lanes), dt))
+    if math.isfinite(p.dt_max):
+        dt = let(tirx.Select(dt > splat(p.dt_max, lanes), splat(p.dt_max, lanes), dt))
+    return dt
+
+
+def _channels(k: Kernel, p: SelectiveScan, state: Buffer, t: Expr, d: Expr, lanes: int) -> Expr:
+    """Advance the state of `lanes` channels by token t and return their y."""
+    acc = local(LANES)
+    u = let(load(k["u"], t * p.ldu + d, lanes))
+    dt = _step_size(k, p, t, d, lanes)
+    dtu = let(dt * u)
+    store(acc, 0, splat(0.0, lanes), lanes)
+    for n in range(p.N):
+        decay = T.exp(dt * load(k["A"], n * p.D + d, lanes))
+        s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
+        store(state, n * LANES, s, lanes)
+        s = load(state, n * LANES, lanes)
+        store(acc, 0, load(acc, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)
+    y = load(acc, 0, lanes)
+    if p.skip:
+        y = y + load(k["Dskip"], d, lanes) * u
+    if p.gate:
+        y = y * silu(let(load(k["z"], t * p.ldz + d, lanes)))
+    return y

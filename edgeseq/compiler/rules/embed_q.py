@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..ir import Arg, KernelRef
 from ..kernels.embed_q import EmbedQ
 from ..kernels.linear_q import PAIR_BYTES
-from ..kernels.quantize import BLOCK, blocks
+from ..kernels._quantise import BLOCK, blocks
 from . import Claim, Rule
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FLOATS = ("float32", "float16", "bfloat16")
 
 
-def _weight(low: Lowering, name: str, transposed: bool) -> tuple[str, str] | None:
+def linear_weight(low: Lowering, name: str, transposed: bool) -> tuple[str, str] | None:
     """(initializer, layout) behind an optional Transpose and Cast, or None."""
     graph = low.graph
     while name in graph.producer:
@@ -40,7 +40,7 @@ def _plain_gemm(node: Node) -> bool:
 def _match(low: Lowering, node: Node) -> Claim | None:
     graph = low.graph
     gemm = node.op == "Gemm"
-    found = _weight(low, node.inputs[1], bool(node.attrs.get("transB", 0)))
+    found = linear_weight(low, node.inputs[1], bool(node.attrs.get("transB", 0)))
     if found is None or graph.dtype(node.outputs[0]) != "float32" or (gemm and not _plain_gemm(node)):
         return None
     weight, layout = found
