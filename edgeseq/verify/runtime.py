@@ -24,8 +24,8 @@ def bundle_manifest(bundle: Path) -> Manifest:
         return file.plan.manifest
 
 
-def runtime_stages(bundle: Path, threads: int | None = None) -> list[Stage]:
-    """Checksum, every form of the model, the state's life, greedy tokens."""
+def runtime_stages(bundle: Path, threads: int | None = None, thorough: bool = True) -> list[Stage]:
+    """Checksum and every form of the model; if `thorough`, the state's life and the greedy tokens too."""
     manifest = bundle_manifest(bundle)
     golden = load_golden(bundle, manifest.step.signature)
     with load(bundle, threads, poison=True) as model:
@@ -36,8 +36,9 @@ def runtime_stages(bundle: Path, threads: int | None = None) -> list[Stage]:
         stages.append(step_stage("runtime step", "runtime", model.session, golden))
         stages.append(cuts_stage("runtime prefill", "runtime", model.session, golden))
         stages += graph_stages("runtime", "runtime", model.session, sizes, golden, model.info.context)
-        stages += _state_stages(model, golden)
-        stages += _greedy_stages(model, golden)
+        if thorough:
+            stages += _state_stages(model, golden)
+            stages += _greedy_stages(model, golden)
     return stages
 
 
