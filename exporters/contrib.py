@@ -24,7 +24,7 @@ _SCHEMAS: dict[str, tuple[str, str, dict[str, Any], tuple[str, str]]] = {
         ("input", "past_state"),
     ),
     "LinearAttention": (
-        "query key value past_state decay",
+        "query key value past_state decay? beta?",
         "output present_state",
         {"update_rule": "gated_delta", "q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0},
         ("value", "past_state"),

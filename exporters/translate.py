@@ -32,6 +32,8 @@ def translations(flavour: str) -> Translation:
     table: Translation = {
         ours.selective_scan.default: selective_scan,
         ours.retention.default: retention,
+        ours.dplr_scan.default: dplr_scan,
+        ours.linear_attention.default: linear_attention,
         ours.causal_conv.default: causal_conv,
         ours.rms_norm.default: rms_norm,
         ours.rotary.default: rotary,
@@ -41,7 +43,11 @@ def translations(flavour: str) -> Translation:
         torch.ops.aten.slice.Tensor: slice_tensor,
     }
     if flavour == "ort":
-        table |= {ours.retention.default: retention_ort, ours.causal_conv.default: causal_conv_ort}
+        table |= {
+            ours.retention.default: retention_ort,
+            ours.linear_attention.default: linear_attention_ort,
+            ours.causal_conv.default: causal_conv_ort,
+        }
     return table
 
 
@@ -68,6 +74,54 @@ def retention_ort(q: Value, k: Value, v: Value, log_decay: Value, past: Value, n
         q, k, v, past, decay,
         update_rule="gated", q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale, _outputs=2,
     )  # fmt: skip
+
+
+def dplr_scan(
+    q: Value, k: Value, v: Value, g: Value, a: Value, b: Value, past: Value, num_heads: int, scale: float
+) -> Value:
+    """ai.edgeseq.DPLRScan, inputs in this order."""
+    return Opset(DOMAIN, VERSION).DPLRScan(q, k, v, g, a, b, past, num_heads=num_heads, scale=scale, _outputs=2)
+
+
+def linear_attention(
+    q: Value, k: Value, v: Value, past: Value, decay: Value | None, beta: Value | None,
+    rule: str, num_heads: int, num_kv_heads: int, scale: float,
+) -> Value:  # fmt: skip
+    """LinearAttention (27)."""
+    return _linear_attention(onnx_op, q, k, v, past, decay, beta, rule, num_heads, num_kv_heads, scale)
+
+
+def linear_attention_ort(
+    q: Value, k: Value, v: Value, past: Value, decay: Value | None, beta: Value | None,
+    rule: str, num_heads: int, num_kv_heads: int, scale: float,
+) -> Value:  # fmt: skip
+    """com.microsoft.LinearAttention; grouped queries stay standard, as its output has a width of its own there."""
+    opset = contrib.OPSET if num_heads <= static_shape(past)[1] else onnx_op
+    return _linear_attention(opset, q, k, v, past, decay, beta, rule, num_heads, num_kv_heads, scale)
+
+
+def _linear_attention(
+    opset: Opset, q: Value, k: Value, v: Value, past: Value, decay: Value | None, beta: Value | None,
+    rule: str, num_heads: int, num_kv_heads: int, scale: float,
+) -> Value:  # fmt: skip
+    """Both flavours take the same inputs; queries and keys of fewer heads than the state has are repeated."""
+    count = static_shape(past)[1]
+    if num_heads < count:
+        q, num_heads = repeat_heads(q, num_heads, count), count
+    return opset.LinearAttention(
+        q, repeat_heads(k, num_kv_heads, count), v, past, decay, beta,
+        update_rule=rule, q_num_heads=num_heads, kv_num_heads=count, scale=scale, _outputs=2,
+    )  # fmt: skip
+
+
+def repeat_heads(x: Value, heads: int, count: int) -> Value:
+    """[B,T,heads*K] -> [B,T,count*K], each head count/heads times in a row."""
+    if heads == count:
+        return x
+    batch, tokens, width = static_shape(x)
+    each = onnx_op.Reshape(x, ints([batch, tokens, heads, 1, width // heads]))
+    repeated = onnx_op.Expand(each, ints([batch, tokens, heads, count // heads, width // heads]))
+    return onnx_op.Reshape(repeated, ints([batch, tokens, count * (width // heads)]))
 
 
 def causal_conv(x: Value, weight: Value, bias: Value | None, past: Value, silu: bool) -> Value:

@@ -237,3 +237,112 @@ def cached_attention(
     Returns o [B,T,H*d], present_k, present_v. Raises IndexError when position+T > M.
     """
     return _cached_attention(q, k, v, past_k, past_v, position, num_heads, num_kv_heads, scale)
+
+
+@torch.library.custom_op("edgeseq::dplr_scan", mutates_args=())
+def _dplr_scan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, past: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    qh, kh, vh, gh, ah, bh = (x.unflatten(-1, (num_heads, -1)) for x in (q, k, v, g, a, b))
+    decay, state, outputs = torch.exp(gh), past, []
+    for t in range(q.shape[1]):
+        # S[B,H,K,V] <- diag(e^g) S + b (a^T S) + k (x) v;   o[B,H,V] = scale q^T S
+        read = ah[:, t, :, None, :] @ state
+        added = bh[:, t, :, :, None] * read + kh[:, t, :, :, None] * vh[:, t, :, None, :]
+        state = decay[:, t, :, :, None] * state + added
+        outputs.append(scale * (qh[:, t, :, None, :] @ state).flatten(1))
+    return torch.stack(outputs, 1), state
+
+
+_dplr_scan.register_fake(lambda *args: (torch.empty_like(args[2]), torch.empty_like(args[6])))
+
+
+def dplr_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    past: Tensor,
+    num_heads: int,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Diagonal-plus-low-rank scan (RWKV-7, Peng et al. 2025): both terms read the old state, output after the update.
+
+    q, k, g (log decay), a (read), b (written) [B,T,H*K]; v [B,T,H*V]; past [B,H,K,V].
+    Returns o [B,T,H*V] and present [B,H,K,V].
+    """
+    return _dplr_scan(q, k, v, g, a, b, past, num_heads, scale)
+
+
+@torch.library.custom_op("edgeseq::linear_attention", mutates_args=())
+def _linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Tensor,
+    decay: Optional[Tensor],  # noqa: UP045
+    beta: Optional[Tensor],  # noqa: UP045
+    rule: str,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    heads = past.shape[1]
+    qh = q.unflatten(-1, (num_heads, -1)).repeat_interleave(max(1, heads // num_heads), 2)
+    kh = k.unflatten(-1, (num_kv_heads, -1)).repeat_interleave(heads // num_kv_heads, 2)
+    vh = v.unflatten(-1, (heads, -1))
+    keep = None if decay is None else torch.exp(decay).unflatten(-1, (heads, -1))  # [B,T,H,1 or K]
+    state, outputs = past, []
+    for t in range(q.shape[1]):
+        # S[B,H,K,V] <- e^g S + k (x) w;   w = v, or beta (v - k^T e^g S) for the delta rules
+        state = state if keep is None else keep[:, t, :, :, None] * state
+        key, written = kh[:, t, :, :, None], vh[:, t, :, None, :]
+        if beta is not None:
+            written = beta[:, t, :, None, None] * (written - key.transpose(-1, -2) @ state)
+        state = state + key * written
+        read = state.repeat_interleave(max(1, num_heads // heads), 1)
+        outputs.append(scale * (qh[:, t, :, None, :] @ read).flatten(1))
+    return torch.stack(outputs, 1), state
+
+
+@_linear_attention.register_fake
+def _linear_attention_shapes(
+    q: Tensor, k: Tensor, v: Tensor, past: Tensor, decay: Tensor | None, beta: Tensor | None,
+    rule: str, num_heads: int, num_kv_heads: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    width = past.shape[3] * max(num_heads, past.shape[1])
+    return q.new_empty(*q.shape[:2], width), torch.empty_like(past)
+
+
+RULES = ("linear", "gated", "delta", "gated_delta")
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    rule: str,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention of the standard ONNX operator, output taken after the update of the state.
+
+    linear       S <- S + k (x) v                      gated        S <- e^g S + k (x) v
+    delta        S <- S + k (x) beta (v - k^T S)       gated_delta  S <- e^g S + k (x) beta (v - k^T e^g S)
+
+    past [B,H,K,V] tells H, the heads of the state. q [B,T,num_heads*K]; k [B,T,num_kv_heads*K]; v [B,T,H*V];
+    decay (log space; gated rules) [B,T,H] or per key channel [B,T,H*K]; beta (delta rules) [B,T,H].
+    Fewer heads serve several: head h of the state reads key head h // (H/num_kv_heads), likewise for queries; where
+    there are more queries than states (grouped queries), query head h reads state h // (num_heads/H).
+    Returns o [B,T,max(num_heads,H)*V] and present [B,H,K,V].
+    """
+    if rule not in RULES or (decay is None) == ("gated" in rule) or (beta is None) == ("delta" in rule):
+        given = [name for name, x in (("decay", decay), ("beta", beta)) if x is not None]
+        raise ValueError(f"the rule {rule!r} does not go with {' and '.join(given) or 'neither decay nor beta'}")
+    return _linear_attention(q, k, v, past, decay, beta, rule, num_heads, num_kv_heads, scale)

@@ -97,7 +97,7 @@ def test_cuts_through_the_state_change_nothing(case: Case, data: st.DataObject) 
 
 
 def test_ops_are_found_by_their_files() -> None:
-    assert list(all_ops()) == ["Retention", "SelectiveScan"]
+    assert {"Retention", "SelectiveScan"} <= set(all_ops())
     register_all()
     register_all()  # idempotent
     for name in all_ops():
