@@ -33,13 +33,13 @@ class SelectiveScan:
     ldB: int
     ldC: int
     ldz: int = 0
-    R: int = 0
     skip: bool = False
     gate: bool = False
     dt_bias: bool = False
     dt_softplus: bool = True
     dt_min: float = 0.0
     dt_max: float = math.inf
+    R: int = 0
     quant: int | None = None
 
     @property
