@@ -50,6 +50,7 @@ def _bundle(path: Path, depths: tuple[int, ...]) -> tuple[dict[str, Any], str]:
         facts["launches_per_token"] = len(plan.step.launches)
         facts["kernels"] = _kernels(plan)
         facts["depths"] = _depths(plan, depths)
+        facts["bound"] = _bound(plan, depths)
     return facts, _bundle_text(facts, plan)
 
 
@@ -82,6 +83,24 @@ def _depths(plan: Plan, depths: tuple[int, ...]) -> list[dict[str, int]]:
     ]
 
 
+def _bound(plan: Plan, depths: tuple[int, ...]) -> dict[str, Any] | None:
+    """What the target's memory allows by its data sheet: a bound and no measurement. None where that is not known."""
+    from devices.profile import load_profile, profile_names
+    from edgeseq.bundle.ledger import ledger
+
+    name = plan.target.get("name")
+    profile = load_profile(name) if name in profile_names() else None
+    if profile is None or not profile.peak_bandwidth_gbs:
+        return None
+    rate = profile.peak_bandwidth_gbs
+    return {
+        "device": name,
+        "peak_bandwidth_gbs": rate,
+        "source": profile.bandwidth_source,
+        "tok_s": {str(depth): round(ledger(plan).bound_tok_s(rate, depth), 2) for depth in depths},
+    }
+
+
 def _bundle_text(facts: dict[str, Any], plan: Plan) -> str:
     from edgeseq.cli.table import count, depth, size, table
 
@@ -107,12 +126,26 @@ def _bundle_text(facts: dict[str, Any], plan: Plan) -> str:
         "graphs and their arenas\n" + table(graphs),
         "one token of decode moves\n" + table(moved),
         "at depth\n" + table(rows, ("depth", "cache read", "bytes per token", "state")),
+        *_bound_text(facts["bound"]),
         "kernels of the step\n"
         + table([(k["name"], count(k["launches"]), size(k["bytes"])) for k in facts["kernels"]]),
         "state\n" + _slots([slot for slot, _ in plan.state]),
         "memory\n" + table([(name, size(n)) for name, n in facts["memory"].items()]),
     ]
     return "\n\n".join(sections)
+
+
+def _bound_text(bound: dict[str, Any] | None) -> list[str]:
+    if bound is None:
+        return []
+    from edgeseq.cli.table import depth, table
+
+    rows = [(depth(int(at)), f"{rate:.0f}") for at, rate in bound["tok_s"].items()]
+    title = (
+        f"no more tokens/s than this on {bound['device']}: a bound by its {bound['peak_bandwidth_gbs']} GB/s "
+        f"({bound['source']}), not a measurement"
+    )
+    return [title + "\n" + table(rows, ("depth", "tokens/s"))]
 
 
 def _title(manifest: Manifest) -> str:

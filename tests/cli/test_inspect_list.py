@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,7 @@ import pytest
 
 import edgeseq.cli as cli
 from edgeseq.bundle.directory import new_bundle
+from edgeseq.bundle.ledger import ledger
 from edgeseq.bundle.writer import write_plan
 from edgeseq.cli.table import depth, size, table
 from tests.bundle.plans import cached_plan, manifest, recurrent_plan
@@ -45,6 +47,16 @@ def test_inspect_bundle_for_people(bundle: Path, capfd: pytest.CaptureFixture[st
     text = _run(capfd, "inspect", str(bundle))
     for word in ("zoo:test: mamba, 136 parameters", "weights read", "kernels of the step", "memory", "session"):
         assert word in text
+
+
+def test_the_bound_of_a_device_is_called_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = recurrent_plan()
+    with new_bundle(tmp_path / "bundle") as directory:
+        write_plan(replace(plan, target={"name": "raspberry-pi-5"}), directory / "model.edgeseq")
+    facts = json.loads(_run(capfd, "inspect", str(tmp_path / "bundle"), "--json", "--context", "0"))
+    assert facts["bound"]["tok_s"]["0"] == pytest.approx(17.1e9 / ledger(plan).bytes_per_token(0), rel=1e-4)
+    text = _run(capfd, "inspect", str(tmp_path / "bundle"))
+    assert "a bound by its 17.1 GB/s" in text and "not a measurement" in text and "LPDDR4X-4267" in text
 
 
 def _export(directory: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What users get wrong, from the command line: one sentence with the value, the right exit code, nothing left behind."""
+"""What users get wrong, from the command line: one sentence with the value, the right exit code, nothing left."""
 
 from __future__ import annotations
 
