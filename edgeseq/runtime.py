@@ -10,9 +10,8 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import byref, c_double, c_int32, c_size_t, c_uint64, c_void_p
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,9 @@ from numpy.typing import NDArray
 from edgeseq import runtime_abi as abi
 from edgeseq.bundle.format import DTYPES, MODEL_FILE, ROLES, UPDATES
 from edgeseq.errors import BundleError, EdgeseqError, RuntimeFailure, UsageError
+from edgeseq.runtime_types import GREEDY, Graph, ModelInfo, Sampling, Tensor
+
+__all__ = ["GREEDY", "Graph", "Model", "ModelInfo", "Sampling", "Session", "Tensor", "load"]
 
 LIBRARY_FILE = "libmodel.so"
 
@@ -31,76 +33,6 @@ _HINTS = {
     abi.CLASS_STATE: "use a state that this model saved",
     abi.CLASS_CONTEXT: "reset the session, or export the model with a larger --context",
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input, an output or a state slot. bfloat16 arrays travel as uint16 bit patterns."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    role: str = "data"
-    graph: int = 0
-    is_output: bool = False
-    update: str = "overwrite"
-    axis: int | None = None
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One compiled graph: consumes exactly `tokens` steps a run."""
-
-    name: str
-    tokens: int
-    n_launches: int
-    arena_bytes: int
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Facts of an open model. All sizes in bytes; `context` 0 means unbounded; `session_bytes` is what one stream
-    takes, whatever its length."""
-
-    model_id: str
-    vocab_size: int
-    context: int
-    takes_tokens: bool
-    tokenizer: Literal["none", "bytes"]
-    threads: int
-    file_bytes: int
-    weight_bytes: int
-    state_bytes: int
-    io_bytes: int
-    arena_bytes: int
-    session_bytes: int
-    graphs: tuple[Graph, ...]
-    slots: tuple[Tensor, ...]
-    io: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to pick a token, applied in this order: repetition_penalty (over the last `window` ids), temperature
-    (0 = greedy), top_k (0 = all), top_p (1 = all), min_p (0 = all). The same seed gives the same tokens."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    window: int = 64
-    seed: int = 0
-
-    def to_c(self) -> abi.Sampler:
-        return abi.Sampler(
-            top_k=self.top_k, temperature=self.temperature, top_p=self.top_p, min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty, seed=self.seed & (2**64 - 1),
-        )  # fmt: skip
-
-
-GREEDY = Sampling()
 
 
 def load(bundle: str | Path, threads: int | None = None, cores: Sequence[int] = (), poison: bool = False) -> Model:

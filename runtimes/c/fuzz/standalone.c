@@ -21,7 +21,8 @@ static void sections_reseal(uint8_t *data, size_t size, const es_i_crc *crc)
 {
     es_i_header header;
     memcpy(&header, data, sizeof header);
-    size_t room = (size - sizeof header) / sizeof(es_i_section), n = header.n_sections < room ? header.n_sections : room;
+    size_t room = (size - sizeof header) / sizeof(es_i_section),
+           n = header.n_sections < room ? header.n_sections : room;
     for (size_t i = 0; i < n; i++) {
         uint8_t *at = data + sizeof header + i * sizeof(es_i_section);
         es_i_section section;
@@ -52,8 +53,18 @@ static void reseal(uint8_t *data, size_t size)
 /* Returns the new size. Most damage goes to the first `plan` bytes, where the structures are. */
 static size_t mutate(uint8_t *data, size_t size, size_t plan, uint64_t *seed)
 {
-    static const uint64_t odd[] = {0, 1, 2, 63, 64, 0x7fffffff, 0x80000000u, 0xffffffffu, 0x7fffffffffffffffu,
-                                   0x8000000000000000u, 0xffffffffffffffffu, 0xffffffffffffffc0u};
+    static const uint64_t odd[] = {0,
+                                   1,
+                                   2,
+                                   63,
+                                   64,
+                                   0x7fffffff,
+                                   0x80000000u,
+                                   0xffffffffu,
+                                   0x7fffffffffffffffu,
+                                   0x8000000000000000u,
+                                   0xffffffffffffffffu,
+                                   0xffffffffffffffc0u};
     size_t changes = 1 + next(seed) % 3;
     for (size_t i = 0; i < changes && size > 16; i++) {
         size_t at = next(seed) % (next(seed) % 8 > 0 && plan < size ? plan : size);
@@ -61,9 +72,18 @@ static size_t mutate(uint8_t *data, size_t size, size_t plan, uint64_t *seed)
         switch (next(seed) % 6) {
         case 0: data[at] ^= (uint8_t)(1u << next(seed) % 8); break;
         case 1: data[at] = (uint8_t)next(seed); break;
-        case 2: at = at / 4 * 4; memcpy(data + at, &value, size - at < 4 ? size - at : 4); break;
-        case 3: at = at / 8 * 8; memcpy(data + at, &value, size - at < 8 ? size - at : 8); break;
-        case 4: at = at / 4 * 4; memcpy(data + at, &small, size - at < 4 ? size - at : 4); break;
+        case 2:
+            at = at / 4 * 4;
+            memcpy(data + at, &value, size - at < 4 ? size - at : 4);
+            break;
+        case 3:
+            at = at / 8 * 8;
+            memcpy(data + at, &value, size - at < 8 ? size - at : 8);
+            break;
+        case 4:
+            at = at / 4 * 4;
+            memcpy(data + at, &small, size - at < 4 ? size - at : 4);
+            break;
         default: size = next(seed) % 4 == 0 ? at : size; break;
         }
     }

@@ -35,7 +35,7 @@ extern "C" {
 #define ES_ABI_VERSION 1
 ES_API uint32_t es_abi_version(void);
 
-/* ---- Status: class in the low byte, detail in the next; 0 is success ------------------------------------------- */
+/* ---- Status: class in the low byte, detail in the next; 0 is success ---- */
 
 typedef int32_t es_status;
 #define ES_STATUS(class_, detail) ((es_status)((class_) | ((detail) << 8)))
@@ -52,19 +52,19 @@ typedef int32_t es_status;
 #define ES_CLASS_CONTEXT 7  /* the sequence would outgrow the model's context */
 #define ES_CLASS_BUSY 8     /* sessions still use the model */
 
-#define ES_E_NULL ES_STATUS(ES_CLASS_ARGUMENT, 1)       /* a pointer that must not be NULL is */
-#define ES_E_STRUCT ES_STATUS(ES_CLASS_ARGUMENT, 2)     /* struct_size is smaller than version 1's */
-#define ES_E_RANGE ES_STATUS(ES_CLASS_ARGUMENT, 3)      /* an index or a count is out of range */
-#define ES_E_TOKEN ES_STATUS(ES_CLASS_ARGUMENT, 4)      /* a token id is not in the vocabulary */
-#define ES_E_NO_TOKENS ES_STATUS(ES_CLASS_ARGUMENT, 5)  /* the model takes no tokens: use es_run */
-#define ES_E_ROOM ES_STATUS(ES_CLASS_ARGUMENT, 6)       /* the caller's buffer is too small */
-#define ES_E_NAME ES_STATUS(ES_CLASS_ARGUMENT, 7)       /* no input, output or slot has this name */
+#define ES_E_NULL ES_STATUS(ES_CLASS_ARGUMENT, 1)        /* a pointer that must not be NULL is */
+#define ES_E_STRUCT ES_STATUS(ES_CLASS_ARGUMENT, 2)      /* struct_size is smaller than version 1's */
+#define ES_E_RANGE ES_STATUS(ES_CLASS_ARGUMENT, 3)       /* an index or a count is out of range */
+#define ES_E_TOKEN ES_STATUS(ES_CLASS_ARGUMENT, 4)       /* a token id is not in the vocabulary */
+#define ES_E_NO_TOKENS ES_STATUS(ES_CLASS_ARGUMENT, 5)   /* the model takes no tokens: use es_run */
+#define ES_E_ROOM ES_STATUS(ES_CLASS_ARGUMENT, 6)        /* the caller's buffer is too small */
+#define ES_E_NAME ES_STATUS(ES_CLASS_ARGUMENT, 7)        /* no input, output or slot has this name */
 #define ES_E_OTHER_MODEL ES_STATUS(ES_CLASS_ARGUMENT, 8) /* two sessions of different models */
-#define ES_E_NO_LOGITS ES_STATUS(ES_CLASS_ARGUMENT, 9)  /* nothing was run since create, reset or load */
-#define ES_E_SAMPLER ES_STATUS(ES_CLASS_ARGUMENT, 10)   /* a sampler parameter is out of range */
-#define ES_E_NAN ES_STATUS(ES_CLASS_ARGUMENT, 11)       /* no logit is a number */
-#define ES_E_TOKENIZER ES_STATUS(ES_CLASS_ARGUMENT, 12) /* the bundle has no tokenizer of its own */
-#define ES_E_ALIGN ES_STATUS(ES_CLASS_ARGUMENT, 13)     /* a bundle in memory must be 64-byte aligned */
+#define ES_E_NO_LOGITS ES_STATUS(ES_CLASS_ARGUMENT, 9)   /* nothing was run since create, reset or load */
+#define ES_E_SAMPLER ES_STATUS(ES_CLASS_ARGUMENT, 10)    /* a sampler parameter is out of range */
+#define ES_E_NAN ES_STATUS(ES_CLASS_ARGUMENT, 11)        /* no logit is a number */
+#define ES_E_TOKENIZER ES_STATUS(ES_CLASS_ARGUMENT, 12)  /* the bundle has no tokenizer of its own */
+#define ES_E_ALIGN ES_STATUS(ES_CLASS_ARGUMENT, 13)      /* a bundle in memory must be 64-byte aligned */
 
 #define ES_E_OPEN ES_STATUS(ES_CLASS_SYSTEM, 1)
 #define ES_E_MAP ES_STATUS(ES_CLASS_SYSTEM, 2)
@@ -79,33 +79,33 @@ typedef int32_t es_status;
 #define ES_E_VERSION ES_STATUS(ES_CLASS_FORMAT, 3)
 #define ES_E_FILE_BYTES ES_STATUS(ES_CLASS_FORMAT, 4)
 #define ES_E_HEADER_CRC ES_STATUS(ES_CLASS_FORMAT, 5)
-#define ES_E_SECTION_KIND ES_STATUS(ES_CLASS_FORMAT, 6)   /* unknown, missing or there twice */
+#define ES_E_SECTION_KIND ES_STATUS(ES_CLASS_FORMAT, 6) /* unknown, missing or there twice */
 #define ES_E_SECTION_ALIGN ES_STATUS(ES_CLASS_FORMAT, 7)
 #define ES_E_SECTION_BOUNDS ES_STATUS(ES_CLASS_FORMAT, 8) /* beyond the file, or over the section before */
 #define ES_E_SECTION_END ES_STATUS(ES_CLASS_FORMAT, 9)    /* the last does not end with the file */
 #define ES_E_SECTION_GAP ES_STATUS(ES_CLASS_FORMAT, 10)   /* not zero between sections */
 #define ES_E_SECTION_COUNT ES_STATUS(ES_CLASS_FORMAT, 11) /* count x record size is not its bytes */
 #define ES_E_SECTION_CRC ES_STATUS(ES_CLASS_FORMAT, 12)
-#define ES_E_STRINGS ES_STATUS(ES_CLASS_FORMAT, 13)       /* not from NUL to NUL */
-#define ES_E_STRING ES_STATUS(ES_CLASS_FORMAT, 14)        /* a name outside STRINGS */
-#define ES_E_ENUM ES_STATUS(ES_CLASS_FORMAT, 15)          /* dtype, update, role, space ... unknown */
-#define ES_E_DIMS ES_STATUS(ES_CLASS_FORMAT, 16)          /* rank or dims disagree with bytes */
-#define ES_E_TENSOR ES_STATUS(ES_CLASS_FORMAT, 17)        /* misplaced in WEIGHTS */
-#define ES_E_SLOT ES_STATUS(ES_CLASS_FORMAT, 18)          /* misplaced in the state block, or overlapping */
-#define ES_E_AXIS ES_STATUS(ES_CLASS_FORMAT, 19)          /* a slot's axis, or its rows against the context */
-#define ES_E_IO ES_STATUS(ES_CLASS_FORMAT, 20)            /* misplaced in the io block, or overlapping */
-#define ES_E_ROLE ES_STATUS(ES_CLASS_FORMAT, 21)          /* tokens, position or logits of the wrong kind */
-#define ES_E_GRAPH ES_STATUS(ES_CLASS_FORMAT, 22)         /* order, launch range, or no step graph */
-#define ES_E_KERNEL ES_STATUS(ES_CLASS_FORMAT, 23)        /* code outside CODE */
-#define ES_E_LAUNCH ES_STATUS(ES_CLASS_FORMAT, 24)        /* kernel, flags, grid or argument range */
-#define ES_E_ARG ES_STATUS(ES_CLASS_FORMAT, 25)           /* beyond its space, or weights written */
-#define ES_E_WEIGHTS_CRC ES_STATUS(ES_CLASS_FORMAT, 26)   /* es_model_check only */
+#define ES_E_STRINGS ES_STATUS(ES_CLASS_FORMAT, 13)     /* not from NUL to NUL */
+#define ES_E_STRING ES_STATUS(ES_CLASS_FORMAT, 14)      /* a name outside STRINGS */
+#define ES_E_ENUM ES_STATUS(ES_CLASS_FORMAT, 15)        /* dtype, update, role, space ... unknown */
+#define ES_E_DIMS ES_STATUS(ES_CLASS_FORMAT, 16)        /* rank or dims disagree with bytes */
+#define ES_E_TENSOR ES_STATUS(ES_CLASS_FORMAT, 17)      /* misplaced in WEIGHTS */
+#define ES_E_SLOT ES_STATUS(ES_CLASS_FORMAT, 18)        /* misplaced in the state block, or overlapping */
+#define ES_E_AXIS ES_STATUS(ES_CLASS_FORMAT, 19)        /* a slot's axis, or its rows against the context */
+#define ES_E_IO ES_STATUS(ES_CLASS_FORMAT, 20)          /* misplaced in the io block, or overlapping */
+#define ES_E_ROLE ES_STATUS(ES_CLASS_FORMAT, 21)        /* tokens, position or logits of the wrong kind */
+#define ES_E_GRAPH ES_STATUS(ES_CLASS_FORMAT, 22)       /* order, launch range, or no step graph */
+#define ES_E_KERNEL ES_STATUS(ES_CLASS_FORMAT, 23)      /* code outside CODE */
+#define ES_E_LAUNCH ES_STATUS(ES_CLASS_FORMAT, 24)      /* kernel, flags, grid or argument range */
+#define ES_E_ARG ES_STATUS(ES_CLASS_FORMAT, 25)         /* beyond its space, or weights written */
+#define ES_E_WEIGHTS_CRC ES_STATUS(ES_CLASS_FORMAT, 26) /* es_model_check only */
 #define ES_E_BUNDLE_TOKENIZER ES_STATUS(ES_CLASS_FORMAT, 27)
 
-#define ES_E_PLAN_ID ES_STATUS(ES_CLASS_LIBRARY, 1)     /* library and plan were not compiled together */
+#define ES_E_PLAN_ID ES_STATUS(ES_CLASS_LIBRARY, 1)      /* library and plan were not compiled together */
 #define ES_E_KERNEL_TABLE ES_STATUS(ES_CLASS_LIBRARY, 2) /* count or name of a kernel differs */
-#define ES_E_BACKEND ES_STATUS(ES_CLASS_LIBRARY, 3)     /* the plan needs a backend this build lacks */
-#define ES_E_FEATURE ES_STATUS(ES_CLASS_LIBRARY, 4)     /* this CPU lacks an instruction set */
+#define ES_E_BACKEND ES_STATUS(ES_CLASS_LIBRARY, 3)      /* the plan needs a backend this build lacks */
+#define ES_E_FEATURE ES_STATUS(ES_CLASS_LIBRARY, 4)      /* this CPU lacks an instruction set */
 
 #define ES_E_STATE_TRUNCATED ES_STATUS(ES_CLASS_STATE, 1)
 #define ES_E_STATE_MAGIC ES_STATUS(ES_CLASS_STATE, 2)
@@ -128,7 +128,7 @@ typedef struct es_error {
 } es_error;
 #define ES_ERROR_INIT {(uint32_t)sizeof(es_error), {0}}
 
-/* ---- Kernels: what the compiler links beside this runtime ------------------------------------------------------- */
+/* ---- Kernels: what the compiler links beside this runtime ---- */
 
 /* Runs the blocks begin <= b < end of a one-dimensional grid; any thread, any order. */
 typedef void (*es_kernel_fn)(void *const *args, int32_t begin, int32_t end);
@@ -153,20 +153,20 @@ extern const es_kernel_table es_linked_kernels;
  * ...), 0 when not, -1 when the name is unknown. */
 ES_API int es_cpu_has(const char *feature);
 
-/* ---- Model ------------------------------------------------------------------------------------------------------ */
+/* ---- Model ---- */
 
 typedef struct es_model es_model;
 
-#define ES_POISON 1u      /* for tests: fill the arena with NaN before every graph */
+#define ES_POISON 1u /* for tests: fill the arena with NaN before every graph */
 #define ES_THREADS_MAX 256
 
 typedef struct es_options {
     uint32_t struct_size;
     uint32_t flags;
-    int32_t n_threads;    /* the caller counts as one; 0 = as many as the cores this process may use */
-    uint32_t spin;        /* polls of an idle thread before it sleeps; 0 = sleep at once */
-    const int32_t *cores; /* thread i of the pool runs on cores[i % n_cores]; see es_pin_caller */
-    uint32_t n_cores;     /* 0 = not pinned */
+    int32_t n_threads;              /* the caller counts as one; 0 = as many as the cores this process may use */
+    uint32_t spin;                  /* polls of an idle thread before it sleeps; 0 = sleep at once */
+    const int32_t *cores;           /* thread i of the pool runs on cores[i % n_cores]; see es_pin_caller */
+    uint32_t n_cores;               /* 0 = not pinned */
     const es_kernel_table *kernels; /* NULL = es_linked_kernels */
 } es_options;
 #define ES_SPIN_DEFAULT 20000u
@@ -187,13 +187,13 @@ ES_API es_status es_pin_caller(const es_model *model);
 
 typedef struct es_model_info {
     uint32_t struct_size;
-    uint32_t vocab;       /* logits per token; 0 when the model has none */
-    uint32_t context;     /* longest sequence; 0 = unbounded */
-    uint32_t n_graphs;    /* graph 0 is the step */
+    uint32_t vocab;    /* logits per token; 0 when the model has none */
+    uint32_t context;  /* longest sequence; 0 = unbounded */
+    uint32_t n_graphs; /* graph 0 is the step */
     uint32_t n_slots;
     uint32_t n_io;
     uint32_t n_threads;
-    uint32_t tokenizer;   /* 0 none, 1 bytes */
+    uint32_t tokenizer;    /* 0 none, 1 bytes */
     uint32_t takes_tokens; /* 1: es_prefill and es_step; 0: es_input, es_run, es_output */
     uint32_t abi_version;
     uint8_t model_id[16];
@@ -254,7 +254,7 @@ typedef struct es_tensor_info {
 ES_API es_status es_model_io(const es_model *model, uint32_t index, es_tensor_info *info);
 ES_API es_status es_model_slot(const es_model *model, uint32_t index, es_tensor_info *info);
 
-/* ---- Session ---------------------------------------------------------------------------------------------------- */
+/* ---- Session ---- */
 
 typedef struct es_session es_session;
 
@@ -284,7 +284,7 @@ ES_API es_status es_output(const es_session *session, uint32_t graph, const char
                            size_t *bytes);
 ES_API es_status es_run(es_session *session, uint32_t graph);
 
-/* ---- State: the whole memory of a stream, portable across targets ------------------------------------------------ */
+/* ---- State: the whole memory of a stream, portable across targets ---- */
 
 /* A second session at the same point, in memory as for es_session_create. */
 ES_API es_status es_session_fork(const es_session *session, void *memory, size_t bytes, es_session **fork,
@@ -297,7 +297,7 @@ ES_API es_status es_state_save(const es_session *session, void *buffer, size_t c
 /* All or nothing: a refused state leaves the session as it was. */
 ES_API es_status es_state_load(es_session *session, const void *buffer, size_t bytes, es_error *why);
 
-/* ---- Text and sampling ------------------------------------------------------------------------------------------- */
+/* ---- Text and sampling ---- */
 
 /* Byte tokenizer: id = byte. `tokens` NULL asks for the count alone. */
 ES_API es_status es_encode(const es_model *model, const char *text, size_t bytes, int32_t *tokens, size_t capacity,
@@ -330,7 +330,7 @@ ES_API es_status es_sample_logits(es_sampler *sampler, const float *logits, size
 ES_API es_status es_generate(es_session *session, es_sampler *sampler, size_t n, size_t window, int32_t *tokens,
                              uint64_t *ns);
 
-/* ---- Measuring: with the model's own threads ---------------------------------------------------------------------- */
+/* ---- Measuring: with the model's own threads ---- */
 
 /* Best of `repeats` passes over the buffer (NULL = the model's weights), in bytes per second. */
 ES_API es_status es_measure_read(es_model *model, const void *data, size_t bytes, uint32_t repeats, double *rate);

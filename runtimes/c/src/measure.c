@@ -9,23 +9,23 @@ typedef uint64_t es_i_wide __attribute__((vector_size(64)));
 
 /* args: the first byte, the number of bytes (a multiple of a line). Block b reads 256 KiB. The widest loads that the
  * CPU has, since one core reaches its bandwidth with nothing less. */
-#define ES_READER(name, target_attribute)                                                                         \
-    target_attribute static void name(void *const *args, int32_t begin, int32_t end)                              \
-    {                                                                                                             \
-        const uint8_t *data = (const uint8_t *)args[0];                                                           \
-        uint64_t bytes = *(const uint64_t *)args[1];                                                              \
-        uint64_t first = (uint64_t)begin * ES_READ_BLOCK, last = (uint64_t)end * ES_READ_BLOCK;                   \
-        es_i_wide a = {0}, b = {0}, c = {0}, d = {0}, w[4];                                                       \
-        for (uint64_t at = first; at < (last < bytes ? last : bytes); at += ES_READ_LINE) {                       \
-            memcpy(w, data + at, sizeof w);                                                                       \
-            a ^= w[0];                                                                                            \
-            b ^= w[1];                                                                                            \
-            c ^= w[2];                                                                                            \
-            d ^= w[3];                                                                                            \
-        }                                                                                                         \
-        a ^= b ^ c ^ d;                                                                                           \
-        uint64_t sum = a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];                                     \
-        __asm__ __volatile__("" : : "r"(sum) : "memory"); /* keeps the loads */                                   \
+#define ES_READER(name, target_attribute)                                                                              \
+    target_attribute static void name(void *const *args, int32_t begin, int32_t end)                                   \
+    {                                                                                                                  \
+        const uint8_t *data = (const uint8_t *)args[0];                                                                \
+        uint64_t bytes = *(const uint64_t *)args[1];                                                                   \
+        uint64_t first = (uint64_t)begin * ES_READ_BLOCK, last = (uint64_t)end * ES_READ_BLOCK;                        \
+        es_i_wide a = {0}, b = {0}, c = {0}, d = {0}, w[4];                                                            \
+        for (uint64_t at = first; at < (last < bytes ? last : bytes); at += ES_READ_LINE) {                            \
+            memcpy(w, data + at, sizeof w);                                                                            \
+            a ^= w[0];                                                                                                 \
+            b ^= w[1];                                                                                                 \
+            c ^= w[2];                                                                                                 \
+            d ^= w[3];                                                                                                 \
+        }                                                                                                              \
+        a ^= b ^ c ^ d;                                                                                                \
+        uint64_t sum = a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];                                          \
+        __asm__ __volatile__("" : : "r"(sum) : "memory"); /* keeps the loads */                                        \
     }
 
 ES_READER(es_i_read_any, )

@@ -106,8 +106,8 @@ static es_status es_i_map(const char *path, const void **map, size_t *bytes, es_
     if (fstat(fd, &file) != 0 || !S_ISREG(file.st_mode))
         status = es_i_fail(why, ES_E_OPEN, "'%s' is not a file", path);
     else if (file.st_size < (off_t)sizeof(es_i_header))
-        status = es_i_fail(why, ES_E_TRUNCATED, "'%s' has %lld bytes, too few for a bundle", path,
-                           (long long)file.st_size);
+        status =
+            es_i_fail(why, ES_E_TRUNCATED, "'%s' has %lld bytes, too few for a bundle", path, (long long)file.st_size);
     else if ((uint64_t)file.st_size > SIZE_MAX)
         status = es_i_fail(why, ES_E_MAP, "'%s' is too large for this machine", path);
     if (status == ES_OK) {

@@ -9,9 +9,19 @@ static const struct {
     const char *name;
     uint32_t record; /* bytes; 1 where the section is not made of records */
 } es_i_kinds[ES_N_KINDS + 1] = {
-    {"", 1}, {"META", 1}, {"STRINGS", 1}, {"TENSORS", sizeof(es_i_tensor)}, {"SLOTS", sizeof(es_i_slot)},
-    {"IO", sizeof(es_i_io)}, {"GRAPHS", sizeof(es_i_graph)}, {"KERNELS", sizeof(es_i_kernel)},
-    {"LAUNCHES", sizeof(es_i_launch)}, {"ARGS", sizeof(es_i_arg)}, {"CODE", 1}, {"TOKENIZER", 1}, {"WEIGHTS", 1},
+    {"", 1},
+    {"META", 1},
+    {"STRINGS", 1},
+    {"TENSORS", sizeof(es_i_tensor)},
+    {"SLOTS", sizeof(es_i_slot)},
+    {"IO", sizeof(es_i_io)},
+    {"GRAPHS", sizeof(es_i_graph)},
+    {"KERNELS", sizeof(es_i_kernel)},
+    {"LAUNCHES", sizeof(es_i_launch)},
+    {"ARGS", sizeof(es_i_arg)},
+    {"CODE", 1},
+    {"TOKENIZER", 1},
+    {"WEIGHTS", 1},
 };
 
 static es_status es_i_header_check(const es_i_header *header, const es_i_crc *crc, uint64_t bytes, es_error *why)
@@ -131,7 +141,8 @@ es_status es_i_plan_read(es_i_plan *plan, const es_i_crc *crc, const void *data,
     plan->data = (const uint8_t *)data;
     plan->header = (const es_i_header *)data;
     if (bytes < sizeof *plan->header)
-        return es_i_fail(why, ES_E_TRUNCATED, "truncated: %llu bytes are less than a header", (unsigned long long)bytes);
+        return es_i_fail(why, ES_E_TRUNCATED, "truncated: %llu bytes are less than a header",
+                         (unsigned long long)bytes);
     es_status status = es_i_header_check(plan->header, crc, bytes, why);
     if (status == ES_OK)
         status = es_i_sections_check(plan, crc, bytes, why);

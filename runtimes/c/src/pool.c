@@ -69,8 +69,7 @@ static uint32_t es_i_drain(const es_i_pool *pool)
         uint32_t left = (uint32_t)ticket;
         uint32_t take = left / (2 * pool->n_threads);
         take = take > 0 ? take : 1;
-        if (!__atomic_compare_exchange_n(&board->ticket, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL,
-                                         __ATOMIC_ACQUIRE))
+        if (!__atomic_compare_exchange_n(&board->ticket, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
             continue;
         int32_t begin = grid - (int32_t)left;
         fn(args, begin, begin + (int32_t)take);

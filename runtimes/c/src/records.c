@@ -331,8 +331,9 @@ static es_status es_i_role_take(const es_i_plan *plan, const es_i_io *io, es_i_r
         good = good && n == plan->graphs[io->graph].tokens;
     if (io->role == ES_ROLE_POSITION)
         good = good && n == 1;
-    return good ? ES_OK : es_i_fail(why, ES_E_ROLE, "'%s' has dtype %u and %llu elements, wrong for its role", name,
-                                    io->dtype, (unsigned long long)n);
+    return good ? ES_OK
+                : es_i_fail(why, ES_E_ROLE, "'%s' has dtype %u and %llu elements, wrong for its role", name, io->dtype,
+                            (unsigned long long)n);
 }
 
 es_status es_i_roles_find(const es_i_plan *plan, es_i_roles *roles, es_error *why)

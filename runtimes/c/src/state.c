@@ -4,7 +4,13 @@
 
 #include <string.h>
 
-enum { ES_STATE_HEADER = 48, ES_STATE_CRC_AT = 12, ES_STATE_ID_AT = 16, ES_STATE_POSITION_AT = 32, ES_STATE_BYTES_AT = 40 };
+enum {
+    ES_STATE_HEADER = 48,
+    ES_STATE_CRC_AT = 12,
+    ES_STATE_ID_AT = 16,
+    ES_STATE_POSITION_AT = 32,
+    ES_STATE_BYTES_AT = 40
+};
 
 static const char es_i_state_magic[8] = {'E', 'S', 'S', 'T', 'A', 'T', 'E', '\0'};
 

@@ -50,22 +50,22 @@ static void logits(void *const *args, int32_t begin, int32_t end, int T)
     }
 }
 
-#define FOR_TOKENS(T)                                                            \
-    static void leak##T(void *const *args, int32_t begin, int32_t end)          \
-    {                                                                            \
-        if (begin < end)                                                         \
-            leak(args, T);                                                       \
-    }                                                                            \
-    static void logits##T(void *const *args, int32_t begin, int32_t end)        \
-    {                                                                            \
-        logits(args, begin, end, T);                                             \
+#define FOR_TOKENS(T)                                                                                                  \
+    static void leak##T(void *const *args, int32_t begin, int32_t end)                                                 \
+    {                                                                                                                  \
+        if (begin < end)                                                                                               \
+            leak(args, T);                                                                                             \
+    }                                                                                                                  \
+    static void logits##T(void *const *args, int32_t begin, int32_t end)                                               \
+    {                                                                                                                  \
+        logits(args, begin, end, T);                                                                                   \
     }
 FOR_TOKENS(1)
 FOR_TOKENS(4)
 FOR_TOKENS(8)
 
-static const es_kernel_entry entries[] = {{"gather", gather},   {"leak1", leak1},     {"leak4", leak4},
-                                          {"leak8", leak8},     {"logits1", logits1}, {"logits4", logits4},
+static const es_kernel_entry entries[] = {{"gather", gather},  {"leak1", leak1},     {"leak4", leak4},
+                                          {"leak8", leak8},    {"logits1", logits1}, {"logits4", logits4},
                                           {"logits8", logits8}};
 static const char *const features[] = {
 #if defined(__x86_64__)
@@ -77,6 +77,9 @@ static const char *const features[] = {
 #ifndef PLAN_ID
 #error "compile with -DPLAN_ID=0x..."
 #endif
-const es_kernel_table es_linked_kernels = {
-    (uint32_t)sizeof(es_kernel_table), PLAN_ID, 7, (uint32_t)(sizeof features / sizeof *features) - 1,
-    entries, features};
+const es_kernel_table es_linked_kernels = {(uint32_t)sizeof(es_kernel_table),
+                                           PLAN_ID,
+                                           7,
+                                           (uint32_t)(sizeof features / sizeof *features) - 1,
+                                           entries,
+                                           features};

@@ -1,16 +1,7 @@
 /* The command-line driver that runs on a device beside a bundle: `edgeseq-device FILE COMMAND [OPTIONS]`.
  * Results are lines of JSON on stdout, errors one sentence on stderr. Exit code 0 done, 1 failed, 2 wrong use. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE 1
-#endif
-#include <edgeseq.h>
-
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/resource.h>
-#include <time.h>
+#include "device_args.h"
+#include "device_bench.h"
 
 static const char usage[] =
     "usage: edgeseq-device model.edgeseq COMMAND [OPTIONS]\n"
@@ -25,150 +16,6 @@ static const char usage[] =
     "state:  --load-state FILE, --save-state FILE\n"
     "sample: --temperature F --top-k N --top-p F --min-p F --penalty F --seed N\n"
     "pool:   --threads N --cores 0,1,.. --spin N --poison\n";
-
-enum { LIST_MAX = 64, CORES_MAX = 256 };
-
-typedef struct {
-    size_t n;
-    uint64_t at[LIST_MAX];
-} list;
-
-typedef struct {
-    es_model *model;
-    es_session *session;
-    es_model_info info;
-    es_options options;
-    es_sampler sampler;
-    int32_t cores[CORES_MAX];
-    int32_t *tokens;
-    size_t n_tokens;
-    uint64_t bytes, reps;
-    list prompts, gens, depths, cuts;
-    const char *out, *load, *save, *prompt, *tokens_text, *tokens_file;
-    int raw;
-} device;
-
-static void die(int code, const char *what, const char *why)
-{
-    fprintf(stderr, "edgeseq-device: %s%s%s\n", what, *why != '\0' ? ": " : "", why);
-    exit(code);
-}
-
-static void check(es_status status, const char *what, const es_error *why)
-{
-    if (status != ES_OK)
-        die(1, what, why != NULL && why->text[0] != '\0' ? why->text : es_status_text(status));
-}
-
-static void *grab(size_t bytes)
-{
-    void *memory = malloc(bytes > 0 ? bytes : 1);
-    if (memory == NULL)
-        die(1, "out of memory", "");
-    return memory;
-}
-
-static uint64_t now(void)
-{
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* ---- Arguments ---- */
-
-static uint64_t number(const char *text, const char *name, uint64_t largest)
-{
-    char *end;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 10);
-    if (end == text || *end != '\0' || errno != 0 || *text == '-' || value > largest)
-        die(2, name, "not a number in range");
-    return value;
-}
-
-static float real(const char *text, const char *name)
-{
-    char *end;
-    float value = strtof(text, &end);
-    if (end == text || *end != '\0')
-        die(2, name, "not a number");
-    return value;
-}
-
-/* The next number of a list separated by commas or white space; 0 at its end. */
-static int next_number(const char **text, const char *name, uint64_t largest, uint64_t *value)
-{
-    char *end;
-    const char *at = *text + strspn(*text, ", \t\r\n");
-    if (*at == '\0')
-        return 0;
-    errno = 0;
-    *value = strtoull(at, &end, 10);
-    if (end == at || errno != 0 || *at == '-' || *value > largest || (*end != '\0' && strspn(end, ", \t\r\n") == 0))
-        die(2, name, "not a list of numbers");
-    *text = end;
-    return 1;
-}
-
-static list numbers(const char *text, const char *name, uint64_t largest)
-{
-    list l = {0, {0}};
-    uint64_t value;
-    while (next_number(&text, name, largest, &value)) {
-        if (l.n == LIST_MAX)
-            die(2, name, "too long a list");
-        l.at[l.n++] = value;
-    }
-    return l;
-}
-
-static void option(device *d, const char *name, const char *value)
-{
-    if (strcmp(name, "--tokens") == 0) d->tokens_text = value;
-    else if (strcmp(name, "--tokens-file") == 0) d->tokens_file = value;
-    else if (strcmp(name, "--prompt") == 0) d->prompt = value;
-    else if (strcmp(name, "--out") == 0) d->out = value;
-    else if (strcmp(name, "--load-state") == 0) d->load = value;
-    else if (strcmp(name, "--save-state") == 0) d->save = value;
-    else if (strcmp(name, "--cut") == 0) d->cuts = numbers(value, name, INT32_MAX);
-    else if (strcmp(name, "-p") == 0) d->prompts = numbers(value, name, INT32_MAX);
-    else if (strcmp(name, "-n") == 0) d->gens = numbers(value, name, INT32_MAX);
-    else if (strcmp(name, "-d") == 0) d->depths = numbers(value, name, INT32_MAX);
-    else if (strcmp(name, "-r") == 0) d->reps = number(value, name, 1000000);
-    else if (strcmp(name, "--bytes") == 0) d->bytes = number(value, name, SIZE_MAX / 2);
-    else if (strcmp(name, "--temperature") == 0) d->sampler.temperature = real(value, name);
-    else if (strcmp(name, "--top-k") == 0) d->sampler.top_k = (int32_t)number(value, name, INT32_MAX);
-    else if (strcmp(name, "--top-p") == 0) d->sampler.top_p = real(value, name);
-    else if (strcmp(name, "--min-p") == 0) d->sampler.min_p = real(value, name);
-    else if (strcmp(name, "--penalty") == 0) d->sampler.repetition_penalty = real(value, name);
-    else if (strcmp(name, "--seed") == 0) d->sampler.seed = number(value, name, UINT64_MAX);
-    else if (strcmp(name, "--threads") == 0) d->options.n_threads = (int32_t)number(value, name, ES_THREADS_MAX);
-    else if (strcmp(name, "--spin") == 0) d->options.spin = (uint32_t)number(value, name, UINT32_MAX);
-    else if (strcmp(name, "--cores") == 0) {
-        list cores = numbers(value, name, INT32_MAX);
-        for (size_t i = 0; i < cores.n; i++)
-            d->cores[i] = (int32_t)cores.at[i];
-        d->options.cores = d->cores;
-        d->options.n_cores = (uint32_t)cores.n;
-    } else die(2, name, "unknown option");
-}
-
-static void arguments(device *d, int argc, char **argv)
-{
-    for (int i = 3; i < argc; i++) {
-        if (strcmp(argv[i], "--raw") == 0)
-            d->raw = 1;
-        else if (strcmp(argv[i], "--poison") == 0)
-            d->options.flags |= ES_POISON;
-        else if (i + 1 == argc)
-            die(2, argv[i], "unknown option, or its value is missing");
-        else {
-            option(d, argv[i], argv[i + 1]);
-            i++;
-        }
-    }
-}
 
 /* ---- Files ---- */
 
@@ -276,6 +123,13 @@ static void info(const device *d)
            (unsigned long long)d->info.arena_bytes, (unsigned long long)need);
 }
 
+static void weights(const device *d)
+{
+    es_error why = ES_ERROR_INIT;
+    check(es_model_check(d->model, &why), "check", &why);
+    puts("{\"weights\":\"good\"}");
+}
+
 static double per_second(uint64_t n, uint64_t ns)
 {
     return ns > 0 ? (double)n * 1e9 / (double)ns : 0.0;
@@ -337,138 +191,10 @@ static void state(const device *d)
            (unsigned long long)bytes);
 }
 
-/* ---- Bench ---- */
-
-static void fill(device *d, int32_t *ids, size_t n)
-{
-    static uint64_t seed = 1;
-    for (size_t i = 0; i < n; i++) {
-        seed = seed * 6364136223846793005u + 1442695040888963407u;
-        ids[i] = (int32_t)((seed >> 33) % d->info.vocab);
-    }
-}
-
-static void samples(const char *name, const uint64_t *ns, size_t n)
-{
-    printf(",\"%s\":[", name);
-    for (size_t i = 0; i < n; i++)
-        printf("%s%llu", i > 0 ? "," : "", (unsigned long long)ns[i]);
-    printf("]");
-}
-
-/* Times `n` tokens from where `from` stands, `reps` times: at once (prefill) or one by one (decode). */
-static void bench_case(device *d, const es_session *from, size_t n, uint64_t depth, int decode)
-{
-    size_t reps = (size_t)d->reps;
-    int32_t *ids = (int32_t *)grab(n * sizeof *ids);
-    uint64_t *total = (uint64_t *)grab(reps * sizeof *total), *each = (uint64_t *)grab(reps * n * sizeof *each);
-    for (size_t r = 0; r < reps; r++) {
-        fill(d, ids, n);
-        check(es_session_copy(d->session, from), "bench", NULL);
-        uint64_t start = now(), before = start;
-        for (size_t i = 0; decode && i < n; i++) {
-            check(es_step(d->session, ids[i]), "decode", NULL);
-            uint64_t after = now();
-            each[r * n + i] = after - before;
-            before = after;
-        }
-        if (!decode)
-            check(es_prefill(d->session, ids, n), "prefill", NULL);
-        total[r] = now() - start;
-    }
-    printf("{\"test\":\"%s%llu\",\"n_prompt\":%llu,\"n_gen\":%llu,\"n_depth\":%llu,\"n_threads\":%u",
-           decode ? "tg" : "pp", (unsigned long long)n, (unsigned long long)(decode ? 0 : n),
-           (unsigned long long)(decode ? n : 0), (unsigned long long)depth, d->info.n_threads);
-    samples("samples_ns", total, reps);
-    if (decode)
-        samples("token_ns", each, reps * n);
-    printf("}\n");
-    fflush(stdout);
-    free(ids);
-    free(total);
-    free(each);
-}
-
-static void bench_machine(device *d)
-{
-    double rate = 0, ns = 0;
-    size_t bytes = d->bytes > 0 ? (size_t)d->bytes : 256u << 20;
-    uint8_t *buffer = (uint8_t *)grab(bytes);
-    memset(buffer, 1, bytes);
-    check(es_measure_read(d->model, buffer, bytes, 5, &rate), "bench", NULL);
-    check(es_measure_launch(d->model, (int32_t)d->info.n_threads * 4, 10000, &ns), "bench", NULL);
-    printf("{\"test\":\"machine\",\"n_threads\":%u,\"read_bytes\":%llu,\"read_bw\":%.0f,\"launch_ns\":%.1f}\n",
-           d->info.n_threads, (unsigned long long)bytes, rate, ns);
-    fflush(stdout);
-    free(buffer);
-}
-
-/* The process's own peak. getrusage alone would count whoever started it, whose peak survives fork and exec. */
-static uint64_t peak_rss_bytes(void)
-{
-    struct rusage use;
-    char line[128];
-    unsigned long long kib = 0;
-    FILE *status = fopen("/proc/self/status", "r");
-    while (status != NULL && kib == 0 && fgets(line, sizeof line, status) != NULL)
-        (void)sscanf(line, "VmHWM: %llu kB", &kib);
-    if (status != NULL)
-        fclose(status);
-    memset(&use, 0, sizeof use);
-    if (kib == 0 && getrusage(RUSAGE_SELF, &use) == 0)
-        kib = (unsigned long long)use.ru_maxrss;
-    return (uint64_t)kib * 1024u;
-}
-
-static void bench_memory(const device *d)
-{
-    size_t need = 0;
-    check(es_session_need(d->model, &need), "bench", NULL);
-    printf("{\"test\":\"memory\",\"peak_rss_bytes\":%llu,\"session_bytes\":%llu,\"state_bytes\":%llu,"
-           "\"weight_bytes\":%llu}\n",
-           (unsigned long long)peak_rss_bytes(), (unsigned long long)need, (unsigned long long)d->info.state_bytes,
-           (unsigned long long)d->info.weight_bytes);
-}
-
-static void bench(device *d)
-{
-    es_error why = ES_ERROR_INIT;
-    es_session *base;
-    uint64_t depth = 0;
-    if (d->info.takes_tokens == 0 || d->reps == 0)
-        die(2, "bench", "needs a model of tokens and at least one repetition");
-    if (d->prompts.n + d->gens.n == 0) {
-        d->prompts = numbers("512", "-p", 512);
-        d->gens = numbers("128", "-n", 128);
-    }
-    check(es_session_create(d->model, NULL, 0, &base, &why), "bench", &why);
-    for (size_t i = 0; i < (d->depths.n > 0 ? d->depths.n : 1); i++) {
-        uint64_t wanted = d->depths.n > 0 ? d->depths.at[i] : 0;
-        if (wanted < depth)
-            die(2, "-d", "depths must rise");
-        int32_t *ids = (int32_t *)grab((size_t)(wanted - depth) * sizeof *ids);
-        fill(d, ids, (size_t)(wanted - depth));
-        check(es_prefill(base, ids, (size_t)(wanted - depth)), "prefill to depth", NULL);
-        free(ids);
-        depth = wanted;
-        for (size_t k = 0; k < d->prompts.n; k++)
-            bench_case(d, base, (size_t)d->prompts.at[k], depth, 0);
-        for (size_t k = 0; k < d->gens.n; k++)
-            bench_case(d, base, (size_t)d->gens.at[k], depth, 1);
-    }
-    bench_memory(d); /* before the buffer of bench_machine counts as ours */
-    bench_machine(d);
-    check(es_session_close(&base), "bench", NULL);
-}
-
 int main(int argc, char **argv)
 {
-    static const device blank = {
-        NULL, NULL, ES_MODEL_INFO_INIT, ES_OPTIONS_INIT, ES_SAMPLER_INIT, {0}, NULL, 0, 0, 5, {0, {0}}, {0, {0}},
-        {0, {0}}, {0, {0}}, NULL, NULL, NULL, NULL, NULL, NULL, 0,
-    };
     static const char *const commands[] = {"info", "check", "run", "logits", "state", "bench"};
-    device d = blank;
+    device d = {.info = ES_MODEL_INFO_INIT, .options = ES_OPTIONS_INIT, .sampler = ES_SAMPLER_INIT, .reps = 5};
     es_error why = ES_ERROR_INIT;
     size_t command = 0;
     if (argc < 3) {
@@ -488,7 +214,7 @@ int main(int argc, char **argv)
     state_load(&d);
     switch (command) {
     case 0: info(&d); break;
-    case 1: check(es_model_check(d.model, &why), argv[1], &why); puts("{\"weights\":\"good\"}"); break;
+    case 1: weights(&d); break;
     case 2: run(&d); break;
     case 3: logits(&d); break;
     case 4: state(&d); break;
