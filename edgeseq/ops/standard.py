@@ -84,3 +84,32 @@ def cached_attention(
                 weight = np.exp(score - score.max())
                 o[b, t, h] = weight @ caches[1][b, group, :seen] / weight.sum()
     return o.reshape(batch, tokens, -1), caches[0], caches[1]
+
+
+def linear_attention(
+    q: NDArray, k: NDArray, v: NDArray, past: NDArray, decay: NDArray | None, beta: NDArray | None,
+    rule: str, num_heads: int, num_kv_heads: int, scale: float,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Matrix-state recurrence S[K,V] of H heads; H is told by past[B,H,K,V].
+
+    q[B,T,num_heads*K], k[B,T,num_kv_heads*K], v[B,T,H*V], decay (log) [B,T,H] or [B,T,H*K], beta[B,T,H]
+    -> o[B,T,max(num_heads,H)*V], present. ONNX: LinearAttention (27), behind a repetition of q and k to H heads where
+    they have fewer.
+    """
+    batch, tokens, _ = q.shape
+    heads = past.shape[1]
+    qh = q.reshape(batch, tokens, num_heads, -1).repeat(max(1, heads // num_heads), 2)
+    kh = k.reshape(batch, tokens, num_kv_heads, -1).repeat(heads // num_kv_heads, 2)
+    vh = v.reshape(batch, tokens, heads, -1)
+    S, o = past.astype(q.dtype), []
+    for t in range(tokens):
+        if rule.startswith("gated"):
+            assert decay is not None
+            S = np.exp(decay[:, t]).reshape(batch, heads, -1, 1) * S
+        written = vh[:, t]
+        if rule.endswith("delta"):
+            assert beta is not None
+            written = beta[:, t, :, None] * (written - np.einsum("bhk,bhkv->bhv", kh[:, t], S))
+        S = S + kh[:, t, :, :, None] * written[:, :, None]
+        o.append(scale * np.einsum("bhk,bhkv->bhv", qh[:, t], S.repeat(qh.shape[2] // heads, 1)))
+    return np.stack(o, 1).reshape(batch, tokens, -1), S

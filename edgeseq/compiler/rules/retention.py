@@ -1,4 +1,4 @@
-"""ai.edgeseq.Retention -> kernels/retention, state in place."""
+"""ai.edgeseq.Retention -> kernels/linear_attention with a constant decay, state in place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgeseq.errors import CompileError
 
 from ..ir import Arg, KernelRef
-from ..kernels.retention import Retention
+from ..kernels.linear_attention import LinearAttention
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     def emit() -> None:
         qv, kv, vv = (low.rows(n) for n in (q, k, v))
         heads = int(node.attrs["num_heads"])
-        params = Retention(
-            T=qv.rows, H=heads, K=qv.cols // heads, V=vv.cols // heads, ldq=qv.ld, ldk=kv.ld, ldv=vv.ld,
-            scale=float(node.attrs.get("scale", 1.0)),
+        params = LinearAttention(
+            T=qv.rows, H=heads, K=qv.cols // heads, V=vv.cols // heads, Hq=heads, Hk=heads, ldq=qv.ld, ldk=kv.ld,
+            ldv=vv.ld, decay="constant", scale=float(node.attrs.get("scale", 1.0)),
         )  # fmt: skip
         low.call(
-            KernelRef("retention", params), Arg(qv, "r"), Arg(kv, "r"), Arg(vv, "r"),
+            KernelRef("linear_attention", params), Arg(qv, "r"), Arg(kv, "r"), Arg(vv, "r"),
             Arg(low.weight(log_decay, "plain"), "r"), Arg(low.state(past, present), "rw"), Arg(low.result(o), "w"),
         )  # fmt: skip
 

@@ -1,0 +1,109 @@
+"""The kernel of all matrix-state recurrences against numpy, over rules, decays, heads and ragged sizes."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edgeseq.compiler.kernels.linear_attention import TOKENS, LinearAttention
+from edgeseq.ops.dplr_scan import dplr_scan
+from edgeseq.ops.standard import linear_attention
+from edgeseq.verify.tolerances import tolerance
+
+from .library import Library, ref, refs, unset
+
+KINDS = [*product(("none", "constant", "head", "key"), ("none", "key")), ("key", "free")]
+
+
+def variants() -> list[LinearAttention]:
+    """Each rule at T = 1, within a tile, across tiles, with shared keys, shared states and rows apart."""
+    rng = np.random.default_rng(5)
+    found = []
+    for decay, erase in KINDS:
+        for tokens, (heads, q_heads, k_heads), k, v in (
+            (1, (2, 2, 2), 32, 64),
+            (1, (4, 2, 2) if erase != "free" else (4, 4, 4), 5, 7),
+            (3, (2, 4, 1) if erase != "free" else (2, 2, 2), 19, 32),
+            (TOKENS + 3, (3, 3, 3), int(rng.integers(1, 40)), int(rng.integers(1, 40))),
+            (2 * TOKENS, (1, 1, 1), 16, 16),
+        ):
+            gap = int(rng.integers(0, 3)) * 5
+            width = {"none": 0, "constant": 0, "head": heads, "key": heads * k}[decay]
+            found.append(
+                LinearAttention(
+                    tokens, heads, k, v, q_heads, k_heads,
+                    q_heads * k + gap, k_heads * k, heads * v + gap, decay, erase,
+                    width and width + gap, {"none": 0, "key": heads + gap, "free": heads * k}[erase],
+                    heads * k + gap if erase == "free" else 0, float(rng.uniform(0.2, 2)),
+                )
+            )  # fmt: skip
+    return found
+
+
+VARIANTS = variants()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+
+
+class Draw:
+    """Seeded memory of `tokens` rows `ld` floats apart, NaN between them, and the rows alone as float64 [1,T,width]."""
+
+    def __init__(self, seed: int, tokens: int) -> None:
+        self.rng, self.tokens = np.random.default_rng(seed), tokens
+
+    def rows(self, ld: int, width: int, kind: str = "normal", heads: int = 1) -> tuple[NDArray, NDArray]:
+        """kind: normal, negative (log decay), below one (beta), unit (vectors of each head, as delta rules ask)."""
+        held = np.full((self.tokens, ld), np.nan, np.float32)
+        drawn = self.rng.standard_normal((self.tokens, heads, width // heads))
+        if kind == "negative":
+            drawn = -np.abs(drawn)
+        elif kind == "below one":
+            drawn = self.rng.uniform(0, 1, drawn.shape)
+        elif kind == "unit":
+            drawn /= np.linalg.norm(drawn, axis=-1, keepdims=True)
+        held[:, :width] = drawn.reshape(self.tokens, width)
+        return held.reshape(-1)[: (self.tokens - 1) * ld + width].copy(), held[None, :, :width].astype(np.float64)
+
+
+@pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"{p.decay}-{p.erase}-T{p.T}-H{p.Hq}.{p.Hk}.{p.H}-{p.K}x{p.V}")
+@settings(max_examples=3, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_kernel_equals_its_definition(library: Library, p: LinearAttention, seed: int) -> None:
+    d = Draw(seed, p.T)
+    q, q64 = d.rows(p.ldq, p.Hq * p.K)
+    k, k64 = d.rows(p.ldk, p.Hk * p.K, "unit" if p.erase == "key" else "normal", p.Hk)
+    v, v64 = d.rows(p.ldv, p.H * p.V)
+    past = d.rng.standard_normal((p.H, p.K, p.V)).astype(np.float32)
+    past64, arrays, g64, beta64 = past[None].astype(np.float64), [q, k, v], None, None
+    if p.decay == "constant":
+        arrays.append(-d.rng.uniform(0, 2, p.H).astype(np.float32))
+        g64 = np.broadcast_to(arrays[-1].astype(np.float64), (1, p.T, p.H))
+    elif p.decay != "none":
+        g, g64 = d.rows(p.ldg, p.H * (p.K if p.decay == "key" else 1), "negative")
+        arrays.append(g)
+    if p.erase == "free":
+        a, a64 = d.rows(p.lda, p.H * p.K, "unit", p.H)
+        b, b64 = d.rows(p.ldb, p.H * p.K, "unit", p.H)
+        arrays += [a, b]
+        o, state = dplr_scan(q64, k64, v64, g64, a64, b64, past64, p.H, p.scale)
+    else:
+        if p.erase == "key":
+            beta, beta64 = d.rows(p.ldb, p.H, "below one")
+            arrays.append(beta)
+        rule = ("gated_" if g64 is not None else "") + ("delta" if p.erase == "key" else "")
+        rule = rule.rstrip("_") or "linear"
+        o, state = linear_attention(q64, k64, v64, past64, g64, beta64, rule, p.Hq, p.Hk, p.scale)
+    arrays += [past, unset(p.T, p.group * p.H * p.V)]
+    shifts = [4 * int(d.rng.integers(0, 4)) for _ in arrays]
+    present, out = library.call(ref(p), arrays, "r" * (len(arrays) - 2) + "mw", shifts, seed)
+    assert np.abs(out - o[0]).max() <= tolerance("runtime", "float32", o)
+    assert np.abs(present - state[0]).max() <= tolerance("runtime", "float32", state)
