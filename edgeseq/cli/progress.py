@@ -19,7 +19,7 @@ def progress() -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (
@@ -30,11 +30,13 @@ def progress() -> Iterator[Progress | None]:
         TimeElapsedColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: float, total: float = 1) -> None:
             if what not in tasks:
+                for before in bars.tasks:  # stages follow one another
+                    bars.update(before.id, completed=before.total, total=before.total)
                 tasks[what] = bars.add_task(what, total=total or None)
-            bars.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
+            bars.update(tasks[what], completed=done, total=total or None)
 
         yield show
