@@ -269,8 +269,8 @@ def _vocabulary(signature: StepSignature) -> int:
 
 
 def _public_name(name: str) -> str:
-    """A zoo name, or the last part of a path: the rest belongs to the machine and would make equal exports differ."""
-    return name if name.startswith("zoo:") else Path(name).name
+    """The name as the user wrote it, but an absolute path loses its folders: they say something of the machine."""
+    return name if name.startswith("zoo:") or not Path(name).is_absolute() else Path(name).name
 
 
 def _tokenizer(source: Source, directory: Path) -> str:
