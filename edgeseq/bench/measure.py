@@ -11,6 +11,7 @@ from edgeseq.bench.engines import Engine, Placed
 from edgeseq.bench.machine import EnergyMeter, clock_mhz, temperature_c
 from edgeseq.verify.report import Array
 
+LEAST, MOST, LEAST_NS = 5, 30, 200_000_000
 WARM_PROMPT, WARM_TOKENS = 64, 4
 SETTLE_SECONDS = 0.02
 """Rest before a repetition when there are several contenders: the threads of the one before stop spinning."""
@@ -38,9 +39,10 @@ class Samples:
 
 
 def measure(
-    engines: Sequence[Engine], cases: Sequence[Case], repetitions: int, buffer: Array, progress: Progress
+    engines: Sequence[Engine], cases: Sequence[Case], repetitions: int | None, buffer: Array, progress: Progress
 ) -> Iterator[tuple[Case, Engine, Samples]]:
-    """Run every test on every engine. Yields test by test, in the order of `cases`, the engines in turn."""
+    """Run every test on every engine, `repetitions` times (see `enough`). Yields test by test, in the order of
+    `cases`, the engines in turn."""
     meter = EnergyMeter()
     for index, case in enumerate(cases):
         samples = [Samples() for _ in engines]
@@ -49,11 +51,20 @@ def measure(
             engine.place(case.n_depth)
             record.placed = engine.placed
             _warm(engine, case)
-        for _ in range(repetitions):
+        while not enough(samples, repetitions):
             for engine, record in zip(engines, samples, strict=True):
                 _repeat(engine, case, record, meter, buffer, settle=len(engines) > 1)
         yield from ((case, engine, record) for engine, record in zip(engines, samples, strict=True))
     progress("done", len(cases), len(cases))
+
+
+def enough(samples: Sequence[Samples], repetitions: int | None) -> bool:
+    """Whether to stop: after `repetitions`; if None, after 5, or, for tests so short that a hiccup of the system would
+    decide, once every contender was timed for 0.2 seconds, and at 30 at the latest."""
+    done = min(len(s.total_ns) for s in samples)
+    if repetitions is not None:
+        return done >= repetitions
+    return done >= LEAST and (done >= MOST or min(sum(s.total_ns) for s in samples) >= LEAST_NS)
 
 
 def _warm(engine: Engine, case: Case) -> None:
@@ -84,6 +95,8 @@ def _repeat(engine: Engine, case: Case, record: Samples, meter: EnergyMeter, buf
     if joules is not None:
         record.joules.append(joules)
     record.clock_mhz, record.temperature_c = clock_mhz(), temperature_c()
+    if len(record.read_bw) >= LEAST:
+        return
     for rate, rates in (
         (engine.read_bandwidth(buffer), record.read_bw),
         (engine.weights_bandwidth(), record.weights_bw),

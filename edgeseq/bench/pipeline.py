@@ -25,7 +25,7 @@ from edgeseq.bench.cases import Case, check_context, make_cases
 from edgeseq.bench.crossover import crossover_rows
 from edgeseq.bench.device import measure_on_device
 from edgeseq.bench.engines import BundleEngine, Engine
-from edgeseq.bench.measure import Progress, measure
+from edgeseq.bench.measure import LEAST, Progress, measure
 from edgeseq.bench.rivals import Rival, open_rivals
 from edgeseq.bench.rows import Row, Subject, make_row
 from edgeseq.bundle.directory import require_bundle
@@ -35,15 +35,16 @@ from edgeseq.errors import BundleError, EdgeseqError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.verify.report import Report, Stage
 
-REPETITIONS = 5
-
 
 @dataclass(frozen=True)
 class Request:
     """What to measure.
 
-    prompts, generate, depths, context: see cases.make_cases. threads: pools to open, () = one with a thread per core.
-    device: a profile's name, None for this machine through the binding. against, export: rivals and their weights.
+    prompts, generate, depths, context: see cases.make_cases.
+    threads:     pools to open, () = one with a thread per core.
+    repetitions: None repeats short tests more often, see measure.enough.
+    device:      a profile's name, None for this machine through the binding.
+    against, export: rivals, and where they find the weights.
     """
 
     bundles: tuple[Path, ...]
@@ -52,7 +53,7 @@ class Request:
     depths: tuple[int, ...] | None = None
     context: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
-    repetitions: int = REPETITIONS
+    repetitions: int | None = None
     device: str | None = None
     against: tuple[str, ...] = ()
     export: Path | None = None
@@ -213,7 +214,7 @@ def _on_device(request: Request, profile: Profile, cases: Sequence[Case], result
     for path in request.bundles:
         result.reports.append(_verified(path, result.plans[str(path)], profile))
     threads = request.threads[0] if request.threads else None
-    found = measure_on_device(request.bundles, cases, request.repetitions, profile, threads, progress)
+    found = measure_on_device(request.bundles, cases, request.repetitions or LEAST, profile, threads, progress)
     for case in cases:
         for on, report in zip(found, result.reports, strict=True):
             subject = _with_check(report, str(on.bundle), "CPU", on.threads, profile.name, profile.description, 0,
