@@ -6,6 +6,7 @@ An element may differ by at most relative * max(1, max|reference|). The parity o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ TABLE: dict[str, dict[str, float]] = {
 
 
 def tolerance(stage: str, dtype: str, ref: Any) -> float:
-    """The largest absolute difference from `ref` (array, NaN-free) that counts as equal.
+    """The largest absolute difference from `ref` that counts as equal; 0 when `ref` is not finite.
 
     stage: torch, onnx or runtime. dtype: of the arithmetic. Raises UsageError for a pair that the table lacks.
     """
@@ -31,4 +32,4 @@ def tolerance(stage: str, dtype: str, ref: Any) -> float:
             f"no tolerance is set for {dtype} at stage {stage!r}", "add it to edgeseq/verify/tolerances.py"
         )
     largest = float(np.max(np.abs(np.asarray(ref)), initial=0.0))
-    return relative * max(1.0, largest)
+    return relative * max(1.0, largest) if math.isfinite(largest) else 0.0
