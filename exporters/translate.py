@@ -33,6 +33,7 @@ def translations(flavour: str) -> Translation:
         ours.selective_scan.default: selective_scan,
         ours.retention.default: retention,
         ours.dplr_scan.default: dplr_scan,
+        ours.wkv4.default: wkv4,
         ours.linear_attention.default: linear_attention,
         ours.causal_conv.default: causal_conv,
         ours.rms_norm.default: rms_norm,
@@ -81,6 +82,11 @@ def dplr_scan(
 ) -> Value:
     """ai.edgeseq.DPLRScan, inputs in this order."""
     return Opset(DOMAIN, VERSION).DPLRScan(q, k, v, g, a, b, past, num_heads=num_heads, scale=scale, _outputs=2)
+
+
+def wkv4(k: Value, v: Value, time_decay: Value, time_first: Value, past: Value) -> Value:
+    """ai.edgeseq.WKV4, inputs in this order."""
+    return Opset(DOMAIN, VERSION).WKV4(k, v, time_decay, time_first, past, _outputs=2)
 
 
 def linear_attention(

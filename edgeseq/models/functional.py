@@ -346,3 +346,31 @@ def linear_attention(
         given = [name for name, x in (("decay", decay), ("beta", beta)) if x is not None]
         raise ValueError(f"the rule {rule!r} does not go with {' and '.join(given) or 'neither decay nor beta'}")
     return _linear_attention(q, k, v, past, decay, beta, rule, num_heads, num_kv_heads, scale)
+
+
+@torch.library.custom_op("edgeseq::wkv4", mutates_args=())
+def _wkv4(k: Tensor, v: Tensor, time_decay: Tensor, time_first: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    (a, b, p), w, outputs = past.unbind(1), -torch.exp(time_decay), []
+    for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
+        # o[B,C] = (e^p a + e^(u+k) v) / (e^p b + e^(u+k));   (a, b) e^p <- e^(p+w) (a, b) + e^k (v, 1)
+        own = time_first + key
+        m = torch.maximum(p, own)
+        before, now = torch.exp(p - m), torch.exp(own - m)
+        outputs.append((before * a + now * value) / (before * b + now))
+        n = torch.maximum(p + w, key)
+        before, now = torch.exp(p + w - n), torch.exp(key - n)
+        a, b, p = before * a + now * value, before * b + now, n
+    return torch.stack(outputs, 1), torch.stack([a, b, p], 1)
+
+
+_wkv4.register_fake(lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[4])))
+
+
+def wkv4(k: Tensor, v: Tensor, time_decay: Tensor, time_first: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV-4's weighted average (Peng et al. 2023, appendix D), every exponent taken from its maximum.
+
+    k, v [B,T,C]; time_decay [C], of which a step decays by exp(-exp(.)); time_first [C], the bonus of the current
+    token; past [B,3,C]: a, b and their common exponent p, all -1e30 when fresh.
+    Returns o [B,T,C] and present [B,3,C].
+    """
+    return _wkv4(k, v, time_decay, time_first, past)
