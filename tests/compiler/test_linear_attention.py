@@ -29,6 +29,8 @@ def variants() -> list[LinearAttention]:
         for tokens, (heads, q_heads, k_heads), k, v in (
             (1, (2, 2, 2), 32, 64),
             (1, (4, 2, 2) if erase != "free" else (4, 4, 4), 5, 7),
+            (1, (1, 1, 1), 8, 65),
+            (4, (2, 2, 2), 8, 49),
             (3, (2, 4, 1) if erase != "free" else (2, 2, 2), 19, 32),
             (TOKENS + 3, (3, 3, 3), int(rng.integers(1, 40)), int(rng.integers(1, 40))),
             (2 * TOKENS, (1, 1, 1), 16, 16),

@@ -59,27 +59,48 @@ class LinearAttention:
 
     @property
     def strip(self) -> int:
-        """Value channels of one block: whole vectors where V allows it, as many as stay in registers or L1."""
+        """Vectors of a block: as many as stay in registers or L1, a divisor of the whole vectors of V."""
         wide = 2 if self.erase != "none" else 4 if self.T == 1 else 1
-        for vectors in (4, 2, 1):
-            if vectors <= wide and self.V % (vectors * LANES) == 0:
-                return vectors * LANES
-        return next(n for n in range(min(self.V, LANES), 0, -1) if self.V % n == 0)
+        return next(n for n in (4, 2, 1) if n <= wide and self.V // LANES % n == 0)
 
 
 def build(name: str, p: LinearAttention) -> Built:
+    """A head has V // (16 strip) blocks of whole vectors and, where V is no multiple of 16, one of the rest."""
+    whole, rest = p.V // LANES // p.strip, p.V % LANES
+    strips = whole + (1 if rest else 0)
     with kernel(name, [(a, "float32", _size(p, a)) for a in p.args]) as kern:
-        block = _Block(kern, p)
-        if p.erase == "none":
-            tokens = max(1, TOKENS // p.group)
-            whole = p.T // tokens
-            tile = _Tile(block, min(tokens, p.T))
-            loop(whole, lambda i: tile.run(i * tokens, tokens))
-            if p.T % tokens:
-                tile.run(whole * tokens, p.T % tokens)
+        head, index = let(kern.block // strips), let(kern.block % strips)
+
+        def full() -> None:
+            _emit(_Block(kern, p, head, index * (p.strip * LANES), p.strip, LANES))
+
+        def tail() -> None:
+            _emit(_Block(kern, p, head, p.V - rest, 1, rest))
+
+        if not whole:
+            tail()
+        elif not rest:
+            full()
         else:
-            _Eraser(block).run()
-    return Built(kern.func, p.H * (p.V // p.strip))
+            with T.If(index < whole):
+                with T.Then():
+                    full()
+                with T.Else():
+                    tail()
+    return Built(kern.func, p.H * strips)
+
+
+def _emit(block: _Block) -> None:
+    p = block.p
+    if p.erase != "none":
+        _Eraser(block).run()
+        return
+    tokens = max(1, TOKENS // p.group)
+    whole = p.T // tokens
+    tile = _Tile(block, min(tokens, p.T))
+    loop(whole, lambda i: tile.run(i * tokens, tokens))
+    if p.T % tokens:
+        tile.run(whole * tokens, p.T % tokens)
 
 
 def _size(p: LinearAttention, name: str) -> int:
@@ -98,16 +119,13 @@ def _size(p: LinearAttention, name: str) -> int:
 
 
 class _Block:
-    """One strip of one head: where its parts of every argument lie."""
+    """`vectors` vectors of `lanes` value channels from v0 on of one head: where its parts of every argument lie."""
 
-    def __init__(self, kern: Kernel, p: LinearAttention) -> None:
-        strips = p.V // p.strip
-        self.p, self.kern = p, kern
-        self.head = let(kern.block // strips)
-        self.v0 = let((kern.block % strips) * p.strip)
-        self.lanes = min(p.strip, LANES)
-        self.vectors = range(p.strip // self.lanes)
-        self.constant = let(T.exp(kern["decay"][self.head])) if p.decay == "constant" else None
+    def __init__(self, kern: Kernel, p: LinearAttention, head: Expr, v0: Expr, vectors: int, lanes: int) -> None:
+        self.p, self.kern, self.head, self.lanes = p, kern, head, lanes
+        self.v0 = v0 if isinstance(v0, int) else let(v0)
+        self.vectors = range(vectors)
+        self.constant = let(T.exp(kern["decay"][head])) if p.decay == "constant" else None
 
     def key(self, t: Expr) -> Expr:
         return t * self.p.ldk + self.head // (self.p.H // self.p.Hk) * self.p.K
