@@ -6,6 +6,7 @@ A bundle holds native code (`libmodel.so`): load only bundles that you trust lik
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,8 +80,10 @@ def _refusal(library: ctypes.CDLL, status: int, why: abi.Error | None = None, wh
     return cls(f"{what}: {sentence}" if what else sentence, _HINTS.get(kind, ""))
 
 
-def _close_model(library: ctypes.CDLL, handle: c_void_p) -> None:
-    library.es_model_close(byref(handle))
+def _close_model(library: ctypes.CDLL, handle: c_void_p, owner: int) -> None:
+    """In a forked child the threads to be joined do not exist: the process that opened the model closes it."""
+    if os.getpid() == owner:
+        library.es_model_close(byref(handle))
 
 
 def _close_session(library: ctypes.CDLL, handle: c_void_p) -> None:
@@ -106,7 +109,7 @@ class Model:
         status = library.es_model_open(path, byref(options), byref(self._handle), byref(why))
         if status != abi.OK:
             raise _refusal(library, status, why, str(directory))
-        self._close = weakref.finalize(self, _close_model, library, self._handle)
+        self._close = weakref.finalize(self, _close_model, library, self._handle, os.getpid())
         self.info = self._read_info()
 
     def session(self) -> Session:

@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runtimes import C_DIR
 
-from . import build
+from . import build, handmade
 
 TESTS = C_DIR / "tests"
 FUZZ = C_DIR / "fuzz"
@@ -63,11 +65,31 @@ def test_a_stream_of_steps_makes_no_system_call(handmade_bundle: Path, tmp_path:
     pytest.skip("the machine is too busy for threads to stay awake")
 
 
-def test_fuzzed_bundles_are_refused_or_run(handmade_bundle: Path, tmp_path: Path) -> None:
+def test_fuzzed_bundles_are_refused_or_run(fuzz_model: Path, handmade_bundle: Path) -> None:
     """20000 mutations, most with true checksums again; the same ones every time."""
-    fuzz = tmp_path / "fuzz"
-    build.program(fuzz, FUZZ / "fuzz_model.c", ADDRESS, FUZZ / "standalone.c")
-    assert build.run([fuzz, "20000", "1", handmade_bundle / "model.edgeseq"]) == "ok\n"
+    assert build.run([fuzz_model, "20000", "1", handmade_bundle / "model.edgeseq"]) == "ok\n"
+
+
+@pytest.fixture(scope="module")
+def fuzz_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fuzz") / "model"
+    return build.program(out, FUZZ / "fuzz_model.c", ADDRESS, FUZZ / "standalone.c")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_refused_or_runs(fuzz_model: Path, data: st.DataObject) -> None:
+    """Bytes overwritten and cut off where hypothesis likes, with and without true checksums: never a crash."""
+    file = bytearray(handmade.parts().build())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(file) - 1) | st.integers(0, 4095))
+        new = data.draw(st.binary(min_size=1, max_size=8))
+        file[at : at + len(new)] = new
+    del file[data.draw(st.just(len(file)) | st.integers(1, len(file))) :]
+    damaged = handmade.resealed(bytes(file)) if len(file) >= 64 and data.draw(st.booleans()) else bytes(file)
+    path = fuzz_model.with_name("damaged")
+    path.write_bytes(damaged)
+    assert build.run([fuzz_model, "0", "0", path]) == "ok\n"
 
 
 def test_fuzzed_states_are_refused_or_kept(handmade_bundle: Path, tmp_path: Path) -> None:

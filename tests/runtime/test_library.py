@@ -18,7 +18,7 @@ HEADER = C_DIR / "include" / "edgeseq.h"
 ALLOWED = {
     "calloc", "free", "malloc", "qsort", "memcmp", "memcpy", "memset", "strcmp", "vsnprintf", "__errno_location",
     "open", "close", "fstat", "mmap", "munmap", "sysconf", "clock_gettime", "getauxval",
-    "sched_getaffinity", "sched_setaffinity", "sched_yield", "__sched_cpucount", "__cpu_model",
+    "sched_getaffinity", "sched_setaffinity", "sched_yield", "nanosleep", "__sched_cpucount", "__cpu_model",
     "pthread_attr_destroy", "pthread_attr_init", "pthread_attr_setstacksize", "pthread_cond_broadcast",
     "pthread_cond_destroy", "pthread_cond_init", "pthread_cond_wait", "pthread_create", "pthread_join",
     "pthread_mutex_destroy", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock",
@@ -121,6 +121,13 @@ def test_the_layout_of_structs_is_the_bindings(tmp_path: Path) -> None:
     file.write_text(f'#include "edgeseq.h"\n{lines}')
     build.run(["gcc", "-std=c99", f"-I{HEADER.parent}", "-fsyntax-only", file])
     assert set(abi._PROTOTYPES) <= declared()
+
+
+def test_the_document_lists_the_instruction_sets() -> None:
+    document = (C_DIR.parent.parent / "docs" / "abi.md").read_text()
+    listed = " ".join(re.findall(r"on (?:x86|aarch64) `([^`]*)`", document))
+    known = re.findall(r'\{"([^"]+)", (?:\d|0x)', (C_DIR / "src" / "cpu.c").read_text())
+    assert set(listed.split()) == set(known) and len(known) > 40
 
 
 def test_the_fuzz_targets_compile_for_libfuzzer() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -232,9 +235,30 @@ def test_a_session_keeps_its_model_alive(handmade_bundle: Path) -> None:
     close(session.prefill(TOKENS), expected(TOKENS)[-1])
 
 
-def test_threads_default_to_the_cores(handmade_bundle: Path) -> None:
-    import os
+def test_a_forked_process_goes_on_alone(handmade_bundle: Path) -> None:
+    """The pool's threads stay behind; the caller drains every launch itself, and closing does not wait for them."""
+    model = edgeseq.load(handmade_bundle, threads=2)
+    session = model.session()
+    session.prefill(TOKENS[:20])
+    child = os.fork()
+    if child == 0:
+        good = np.allclose(session.step(3), expected(np.append(TOKENS[:20], 3))[-1], rtol=2e-6, atol=2e-4)
+        model.close()
+        os._exit(0 if good else 1)
+    for _ in range(1000):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    close(session.step(3), expected(np.append(TOKENS[:20], 3))[-1])
 
+
+def test_threads_default_to_the_cores(handmade_bundle: Path) -> None:
     with edgeseq.load(handmade_bundle) as model:
         assert model.info.threads == len(os.sched_getaffinity(0))
     with pytest.raises(UsageError, match="0 threads"):
@@ -242,8 +266,6 @@ def test_threads_default_to_the_cores(handmade_bundle: Path) -> None:
 
 
 def test_pinning(handmade_bundle: Path) -> None:
-    import os
-
     core = min(os.sched_getaffinity(0))
     with edgeseq.load(handmade_bundle, threads=2, cores=[core]) as model:
         close(model.session().prefill(TOKENS), expected(TOKENS)[-1])

@@ -152,6 +152,7 @@ struct es_i_pool {
     pthread_cond_t wake;
     uint32_t sleepers, wakes, stop;
     uint32_t n_threads, n_started, spin, launch;
+    uint32_t crowded;   /* more threads than cores */
     int32_t first_core; /* -1 = not pinned */
     char lines[4 * ES_LINE];
 };

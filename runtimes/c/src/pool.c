@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { ES_POLLS = 4000, ES_YIELDS = 64, ES_STACK = 1 << 20 };
@@ -133,6 +134,19 @@ static void *es_i_worker_main(void *argument)
     return NULL;
 }
 
+/* Waiting for blocks that others run. A worker that takes this long has lost its core: to this very thread when there
+ * are more threads than cores, else to another process, which polling would only keep from finishing. */
+static void es_i_wait(const es_i_pool *pool, uint32_t polls)
+{
+    const struct timespec nap = {0, 50000};
+    if (pool->crowded)
+        sched_yield();
+    else if (polls < ES_POLLS)
+        es_i_relax();
+    else
+        (void)nanosleep(&nap, NULL);
+}
+
 void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32_t grid)
 {
     if (grid == 1 || pool->n_started == 0) {
@@ -149,12 +163,8 @@ void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32
     if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST) > 0)
         es_i_wake(pool);
     uint32_t others = (uint32_t)grid - es_i_drain(pool);
-    for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++) {
-        if (polls < ES_POLLS)
-            es_i_relax();
-        else
-            sched_yield(); /* the worker may be waiting for this very core */
-    }
+    for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++)
+        es_i_wait(pool, polls);
 }
 
 /* Waits until a worker runs; its core is then right or wrong. */
@@ -194,7 +204,8 @@ es_status es_i_pool_start(es_i_pool *pool, const es_options *options, es_error *
     uint32_t cores = es_i_cores();
     uint32_t wanted = options->n_threads > 0 ? (uint32_t)options->n_threads : cores;
     pool->n_threads = wanted < ES_THREADS_MAX ? wanted : ES_THREADS_MAX;
-    pool->spin = pool->n_threads > cores ? 0 : options->spin; /* spinning would keep the working threads waiting */
+    pool->crowded = pool->n_threads > cores;
+    pool->spin = pool->crowded ? 0 : options->spin;
     if (pool->spin > UINT32_MAX - ES_YIELDS)
         pool->spin = UINT32_MAX - ES_YIELDS;
     pool->first_core = options->n_cores > 0 ? options->cores[0] : -1;

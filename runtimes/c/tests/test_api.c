@@ -95,10 +95,14 @@ static void wrong_calls(es_model *model, const char *path)
     es_model_info info = ES_MODEL_INFO_INIT;
     int32_t token = 0;
     size_t n = 0;
+    char unaligned[200] = {0};
     EXPECT(es_model_open(NULL, NULL, &none, NULL) == ES_E_NULL);
     EXPECT(es_model_open(path, NULL, NULL, NULL) == ES_E_NULL);
     EXPECT(es_model_open("/nowhere/at/all", NULL, &none, NULL) == ES_E_OPEN && none == NULL);
     EXPECT(es_model_open("/", NULL, &none, NULL) == ES_E_OPEN);
+    EXPECT(es_model_open_memory(NULL, 64, NULL, &none, NULL) == ES_E_NULL);
+    EXPECT(es_model_open_memory(unaligned + 1 + (64 - (uintptr_t)unaligned % 64) % 64, 64, NULL, &none, NULL) ==
+           ES_E_ALIGN);
     options.struct_size = 4;
     EXPECT(es_model_open(path, &options, &none, NULL) == ES_E_STRUCT);
     options.struct_size = sizeof options;
