@@ -135,7 +135,14 @@ class Lowering:
     def owns_state(self, past: str, present: str, nodes: tuple[Node, ...]) -> bool:
         """Whether `nodes` may update slot `past` in place and leave it as `present`."""
         is_slot = past.startswith("past.") and present == "present." + past.removeprefix("past.")
-        return is_slot and all(n in nodes or n.op in VIEW_OPS for n in self.graph.consumers.get(past, []))
+        return is_slot and self._read_only_by(past, nodes)
+
+    def _read_only_by(self, name: str, nodes: tuple[Node, ...]) -> bool:
+        """Whether `name`, and every window of it, is read by `nodes` alone."""
+        return name not in self.graph.outputs and all(
+            n in nodes or (n.op in VIEW_OPS and all(self._read_only_by(o, nodes) for o in n.outputs))
+            for n in self.graph.consumers.get(name, [])
+        )
 
     def state(self, past: str, present: str) -> Value:
         value = self._values[past]
