@@ -41,9 +41,14 @@ class _Bindings:
         self.pending: list[Any] = []
 
     def let(self, value: Expr, body: Callable[[Expr], Expr]) -> Expr:
-        var = tirx.Var("t", value.ty)
-        self.pending.append(tirx.Bind(var, value))
-        return body(var)
+        """`body` of a register that holds `value`. TVM would substitute a bound variable by its value in every later
+        binding, which doubles with each link of a chain; it does not look into memory, and LLVM keeps it in a register.
+        """
+        lanes = _lanes(value)
+        register = tirx.decl_buffer((lanes,), _dtype(value).split("x")[0], scope="local")
+        at = [tirx.const(0, "int32") if lanes == 1 else T.ramp(tirx.const(0, "int32"), 1, lanes)]
+        self.pending += [tirx.AllocBuffer(register), tirx.BufferStore(register, value, at)]
+        return body(tirx.BufferLoad(register, at))
 
     def flush(self, stmt: Any) -> Any:
         """`stmt` behind everything it needs."""
