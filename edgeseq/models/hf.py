@@ -56,6 +56,19 @@ class ConfigReader:
             raise self._refuse(name, value, "true or false")
         return value
 
+    def interval(self, name: str, low: float, high: float) -> tuple[float, float]:
+        """Two numbers, the first not above the second, infinity allowed (also spelled {"__float__": "Infinity"})."""
+        value = self.raw.get(name)
+        if value is None:
+            return low, high
+        ends = [v.get("__float__") if isinstance(v, Mapping) else v for v in value] if isinstance(value, list) else []
+        ends = [float(v) if v in ("Infinity", "-Infinity", "inf") else v for v in ends]
+        if len(ends) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in ends):
+            raise self._refuse(name, value, "two numbers")
+        if not ends[0] <= ends[1]:
+            raise self._refuse(name, value, "a lower and an upper bound")
+        return float(ends[0]), float(ends[1])
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse every value but those listed; an absent or null field passes."""
         value = self.raw.get(name)

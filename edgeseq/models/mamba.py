@@ -248,7 +248,10 @@ def hf_tensors(c: MambaConfig) -> dict[str, StoredTensor]:
 
 
 def _is_state_spaces(raw: Mapping[str, Any]) -> bool:
-    return "model_type" not in raw and "ssm_cfg" in raw and "n_layer" in raw
+    """A field missing or wrong is named later; Mamba-2 has the same file with another `layer`."""
+    ssm = raw.get("ssm_cfg")
+    other = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
+    return "model_type" not in raw and "ssm_cfg" in raw and "n_layer" in raw and not other
 
 
 def _public(d_model: int, n_layers: int) -> MambaConfig:
