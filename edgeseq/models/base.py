@@ -134,6 +134,23 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class BareCheckpoint:
+    """How a family reads a file of tensors that has no config beside it (BlinkDL's .pth).
+
+    Shapes come by stored name, axes of length 1 left out.
+    recognise: shapes -> whether the file is of this family.
+    config:    shapes -> config; raises SourceError naming the tensor that contradicts.
+    tensors:   config -> {our tensor name: StoredTensor}.
+    ignored:   stored names that are no parameters.
+    """
+
+    recognise: Callable[[Mapping[str, tuple[int, ...]]], bool]
+    config: Callable[[Mapping[str, tuple[int, ...]]], Any]
+    tensors: Callable[[Any], dict[str, StoredTensor]]
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """One family, found by listing the folder.
 
@@ -144,6 +161,7 @@ class Family:
     ops:           the stateful operators its step uses.
     random_tensor: (config, tensor name, shape, rng) -> float32 weights at scales that keep long runs finite.
     constants:     config -> tensors that follow from the config alone (decays, frequencies), by tensor name.
+    bare:          how it reads a file of tensors without a config, where such files exist.
     """
 
     name: str
@@ -157,6 +175,7 @@ class Family:
     ops: tuple[str, ...]
     random_tensor: Callable[[Any, str, tuple[int, ...], np.random.Generator], Array]
     constants: Callable[[Any], dict[str, Array]] = lambda config: {}
+    bare: BareCheckpoint | None = None
 
     def meta_model(self, config: Any) -> SequenceModel:
         """The module with shapes but no storage."""

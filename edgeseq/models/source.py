@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face directory, `zoo:NAME`, or `path/file.py:factory`.
+"""Where a model comes from: a Hugging Face directory, a .pth file, `zoo:NAME`, or `path/file.py:factory`.
 
 zoo:NAME is a public shape with seeded random weights (`zoo:mamba-130m`), a trained tiny model (`zoo:tiny-mamba`), or
 the KV-cached attention twin of either (`zoo:mamba-130m-twin`).
@@ -23,6 +23,7 @@ from edgeseq.models import families, family
 from edgeseq.models.base import Array, Family, SequenceModel
 from edgeseq.models.checkpoint import TensorFiles, open_directory
 from edgeseq.models.factory import make_module
+from edgeseq.models.pth import SUFFIXES, open_pth
 from edgeseq.models.twin import twin
 
 ZOO_WEIGHTS = Path(__file__).parent / "zoo_weights"
@@ -148,10 +149,12 @@ def open_source(text: str) -> Source:
     path = Path(text)
     if path.is_dir():
         return _open_directory(path)
+    if path.suffix in SUFFIXES and path.is_file():
+        return _open_pth(path)
     if path.exists():
         hint = f"write {text}:FUNCTION" if path.suffix == ".py" else "name the directory that holds config.json"
         raise UsageError(f"{text} is a file, not a model source", hint)
-    raise UsageError(f"{text} does not exist", "a source is a directory, zoo:NAME or path/file.py:factory")
+    raise UsageError(f"{text} does not exist", "a source is a directory, a .pth file, zoo:NAME or path/file.py:factory")
 
 
 def _open_directory(directory: Path) -> FamilySource:
@@ -162,6 +165,11 @@ def _open_directory(directory: Path) -> FamilySource:
 
     tokenizer = directory / "tokenizer.json"
     return FamilySource(str(directory), record, config, tokenizer if tokenizer.is_file() else None, read)
+
+
+def _open_pth(path: Path) -> FamilySource:
+    record, config, read = open_pth(path)
+    return FamilySource(str(path), record, config, None, lambda name, shape: read(name))
 
 
 def random_source(
