@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgeseq.bench.rows import Row
 
 if TYPE_CHECKING:
@@ -35,16 +37,19 @@ STYLE: dict[Any, Any] = {
 
 
 def by_depth(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    """Tokens per second of generation against depth: medians with the range of the repetitions, and the bound that
-    the measured bandwidth sets. `labels[i]` names the contender of rows[i]."""
+    """Tokens per second of generation against depth: medians with the middle half of the repetitions, and the bound
+    that the measured bandwidth sets. `labels[i]` names the contender of rows[i]."""
     figure, axes = _figure("depth", 4.2)
     lowest = min((r["n_depth"] for r in rows if r["n_depth"]), default=1)
     for colour, label in zip(COLOURS * len(labels), dict.fromkeys(labels)):
         mine = sorted((r for r, l in zip(rows, labels) if l == label), key=lambda r: r["n_depth"])
         depths = [r["n_depth"] for r in mine]
         rates = [r["median_ts"] for r in mine]
-        spread = [[m - min(r["samples_ts"]) for m, r in zip(rates, mine)],
-                  [max(r["samples_ts"]) - m for m, r in zip(rates, mine)]]  # fmt: skip
+        quarters = [np.percentile(r["samples_ts"], (25, 75)) for r in mine]
+        spread = [
+            [m - low for m, (low, _) in zip(rates, quarters)],
+            [high - m for m, (_, high) in zip(rates, quarters)],
+        ]
         axes.errorbar(depths, rates, yerr=spread, color=colour, marker="o", markersize=4, capsize=2, label=label)
         bounds = [(r["n_depth"], r["bound_ts"]) for r in mine if r["bound_ts"]]
         if bounds:

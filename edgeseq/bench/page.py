@@ -36,8 +36,8 @@ tokens{% endif %}; by the bytes they move it should be
 {% if depth_figure %}
 <h2>Tokens per second against depth</h2>
 <div class="scroll">{{ depth_figure | safe }}</div>
-<p class="note">Medians with the range of the repetitions. Dashed: the most that the bandwidth measured in this run
-allows for the bytes that a token moves. A recurrent state does not grow, a cache does.</p>
+<p class="note">Medians with the middle half of the repetitions. Dashed: the most that the bandwidth measured
+in this run allows for the bytes that a token moves. A recurrent state does not grow, a cache does.</p>
 {% endif %}
 {% if ledger_figure %}
 <h2>What one token moves</h2>

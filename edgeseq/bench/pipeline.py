@@ -82,11 +82,12 @@ def bench(request: Request, progress: Callable[..., None] | None = None) -> Resu
     """
     report: Progress = progress or (lambda what, done, total: None)
     cases = request.cases()
+    profile = load_profile(request.device) if request.device is not None else None
     result = Result(plans=_plans(request, cases))
-    if request.device is None:
+    if profile is None:
         _here(request, cases, result, report)
     else:
-        _on_device(request, load_profile(request.device), cases, result, report)
+        _on_device(request, profile, cases, result, report)
     result.rows += ratio_rows(result.tests)
     if request.context:
         result.rows += crossover_rows(result.tests, result.plans)

@@ -25,15 +25,16 @@ def html_report(result: Result, command: Sequence[str]) -> str:
         raise EdgeseqError(f"a report needs {error.name}", f"pip install {error.name}") from None
 
     rows = result.tests
-    decode = [row for row in rows if row["n_gen"]]
-    counted = [row for row in rows if row["bytes_per_token"]]
+    names = contenders(rows)
+    decode = [(name, row) for name, row in zip(names, rows, strict=True) if row["n_gen"]]
+    counted = [(name, row) for name, row in zip(names, rows, strict=True) if row["bytes_per_token"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
     return environment.from_string(PAGE).render(
         title=" against ".join(dict.fromkeys(Path(row["model_filename"]).name for row in rows)),
-        depth_figure=figures.by_depth(decode, [contender(r) for r in decode]) if _several_depths(decode) else "",
-        ledger_figure=figures.ledger_bars(counted, [f"{contender(r)} {r['test']}" for r in counted]) if counted else "",
-        rows=[row | {"contender": contender(row)} for row in rows],
+        depth_figure=figures.by_depth([r for _, r in decode], [n for n, _ in decode]) if _several(decode) else "",
+        ledger_figure=figures.ledger_bars([r for _, r in counted], [f"{n}  {r['test']}" for n, r in counted]),
+        rows=[row | {"contender": name} for name, row in zip(names, rows, strict=True)],
         crossovers=[row for row in result.rows if row["test"] == "crossover"],
         ratios=[row for row in result.rows if row["test"] == "ratio"],
         reports=[report for report in result.reports if report.stages],
@@ -43,14 +44,16 @@ def html_report(result: Result, command: Sequence[str]) -> str:
     )
 
 
-def contender(row: Row) -> str:
-    """A bundle's name, or a rival's, with its threads."""
-    name = Path(row["model_filename"]).name if row["backends"] == "CPU" else str(row["backends"])
-    return f"{name}, {row['n_threads']} thread{'s' if row['n_threads'] > 1 else ''}"
+def contenders(rows: Sequence[Row]) -> list[str]:
+    """For each row a bundle's name, or a rival's, with its threads where they differ."""
+    names = [Path(r["model_filename"]).name if r["backends"] == "CPU" else str(r["backends"]) for r in rows]
+    if len({row["n_threads"] for row in rows}) == 1:
+        return names
+    return [f"{name}, {r['n_threads']} thread{'s'[: r['n_threads'] - 1]}" for name, r in zip(names, rows, strict=True)]
 
 
-def _several_depths(rows: Sequence[Row]) -> bool:
-    return len({row["n_depth"] for row in rows}) > 1
+def _several(decode: Sequence[tuple[str, Row]]) -> bool:
+    return len({row["n_depth"] for _, row in decode}) > 1
 
 
 def facts(rows: Sequence[Row], command: Sequence[str]) -> dict[str, str]:

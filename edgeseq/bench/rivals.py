@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -128,11 +129,23 @@ def rebuilt(directory: Path, manifest: Manifest) -> Any:
             "time it in its own program, or use --against onnxruntime",
         )
     try:
-        model = record.meta_model(record.config(**manifest.config))
+        model = record.meta_model(_config(record.config, manifest.config))
     except (TypeError, ValueError) as error:
         raise BundleError(f"{directory}: the config is none of {manifest.family}: {error}") from None
     load(model, directory / "weights.safetensors")
     return model.eval()
+
+
+def _config(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A config from its JSON form; a config within it is one too, and lists are tuples."""
+    hints = get_type_hints(kind)
+
+    def value(name: str, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and is_dataclass(hints.get(name)):
+            return _config(hints[name], raw)
+        return tuple(raw) if isinstance(raw, list) else raw
+
+    return kind(**{name: value(name, raw) for name, raw in values.items()})
 
 
 MAKERS: dict[str, Callable[[Path, int], Rival]] = {"onnxruntime": OrtEngine, "torch": TorchEngine}
