@@ -83,16 +83,18 @@ def wkv_parallel(r: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor, heads: i
     padded = (F.pad(x, (0, 0, 0, -tokens % CHUNK)) for x in (r, k, v, g))
     # [B,H,blocks,CHUNK,N]
     rh, kh, vh, gh = (x.unflatten(-1, (heads, -1)).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4) for x in padded)
-    total = gh.cumsum(3)
-    before = total - gh
-    earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=r.device).tril(-1)[:, :, None]
-    # weight of key j for query i: e^(G_(i-1) - G_j), the difference taken before the exponential
-    weight = torch.exp((before[..., :, None, :] - total[..., None, :, :]).masked_fill(~earlier, -math.inf))
+    # Sums of decays, each of its own terms: a difference of two cumulative sums would lose small decays behind a large.
+    i = torch.arange(CHUNK, device=r.device)
+    apart = (i[:, None] - i)[:, :, None]  # query i, key j
+    earlier = F.pad(gh[..., :-1, :], (0, 0, 1, 0))  # the decay of the token before
+    between = (earlier[..., :, None, :] * (apart > 1)).cumsum(3)  # of the tokens after j and before i
+    weight = torch.exp(between.masked_fill(apart < 1, -math.inf))
     scores = torch.einsum("bhcik,bhcjk,bhcijk->bhcij", rh, kh, weight)
     inner = scores @ vh
-    added = (kh * torch.exp(total[..., -1:, :] - total)).transpose(-1, -2) @ vh  # what a block leaves in S
-    kept = torch.exp(total[..., -1, :])[..., None]
-    queries = rh * torch.exp(before)
+    after = F.pad(gh[..., 1:, :], (0, 0, 0, 1)).flip(3).cumsum(3).flip(3)
+    added = (kh * torch.exp(after)).transpose(-1, -2) @ vh  # what a block leaves in S
+    kept = torch.exp(gh.sum(3))[..., None]
+    queries = rh * torch.exp(earlier.cumsum(3))
     state, outputs = torch.zeros_like(added[:, :, 0]), []
     for c in range(rh.shape[2]):
         outputs.append(inner[:, :, c] + queries[:, :, c] @ state)
