@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edgeseq.errors import ExportError
 from edgeseq.models.base import SequenceModel
 from edgeseq.spec import StepSignature
+from exporters.rounding import dequantise
 
 FILE = "golden.safetensors"
 LENGTH = 48
@@ -51,7 +52,10 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
 
 
 def load(model: nn.Module, path: Path) -> None:
-    """Give a meta model the weights of an export, mapped and widened to the model's own dtypes; tied ones stay tied."""
+    """Give a meta model the weights of an export, mapped and widened to the model's own dtypes; tied ones stay tied.
+
+    A quantised matrix becomes what its codes and scales mean.
+    """
     values: dict[Tensor, Tensor] = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
@@ -59,8 +63,13 @@ def load(model: nn.Module, path: Path) -> None:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     full = f"{module_name}.{name}" if module_name else name
-                    if tensor is not None and tensor not in values and full in stored:
+                    if tensor is None or tensor in values:
+                        continue
+                    if full in stored:
                         values[tensor] = file.get_tensor(full).to(tensor.dtype)
+                    elif f"{full}.codes" in stored:
+                        codes, scales = (file.get_tensor(f"{full}.{part}").numpy() for part in ("codes", "scales"))
+                        values[tensor] = torch.from_numpy(dequantise(codes, scales, tensor.shape[1]))
     for module_name, module in model.named_modules():
         _replace(module._parameters, values, module_name, lambda t: nn.Parameter(t, requires_grad=False))
         _replace(module._buffers, values, module_name, lambda t: t)

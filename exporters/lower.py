@@ -77,17 +77,22 @@ def large_constants(graph: ir.Graph) -> dict[str, ir.Value]:
     }
 
 
-def point_to_file(graph: ir.Graph, layout: Layout) -> None:
-    """Every weight becomes external data: a byte range of the shared weights file."""
+def point_to_file(graph: ir.Graph, layout: Layout, same_bytes: Mapping[str, str]) -> None:
+    """Every weight becomes external data: a byte range of the shared weights file.
+
+    same_bytes: weights that are another shape of a stored tensor, by name -> the stored tensor's name.
+    """
     for value in weights(graph):
-        stored = layout.tensors[value.name or ""]
+        name = value.name or ""
+        stored = layout.tensors[same_bytes.get(name, name)]
+        assert value.shape is not None
         value.const_value = ir.ExternalTensor(
             FILE,
             stored.offset,
             stored.nbytes,
             ONNX_DTYPE[stored.dtype],
-            shape=ir.Shape(stored.shape),
-            name=stored.name,
+            shape=value.shape if name in same_bytes else ir.Shape(stored.shape),
+            name=name,
         )
 
 

@@ -5,6 +5,7 @@
 | open | edgeseq.models.source.open_source | models/source.py | module on the meta device |
 | trace | trace | trace.py | torch's ONNX graph per chunk length |
 | tidy | tidy | tidy.py | small graph with readable names |
+| quantise | quantise_graph | quantise.py, rounding.py | products and lookups of block-quantised matrices |
 | store | store_as, plan, write | lower.py, weights.py | weights.safetensors |
 | save | point_to_file, save | lower.py | step.onnx, chunk<T>.onnx |
 | golden | write | golden.py | golden.safetensors |
@@ -30,6 +31,8 @@ from edgeseq.files import new_directory
 from edgeseq.models.base import signature_of
 from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
 from exporters import golden, lower, weights
+from exporters.quantise import Quantised, quantise_graph
+from exporters.rounding import BITS, quantise
 from exporters.tidy import tidy
 from exporters.trace import trace
 
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from edgeseq.models.source import Source
 
 FLAVOURS = ("onnx", "ort")
-QUANTS = ("none",)
+QUANTS = ("none", *BITS)
 DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CHUNKS = (8, 64)
 DEFAULT_CONTEXT = 2048
@@ -64,9 +67,11 @@ def export(
     """Write the step graph, the chunk graphs and one copy of the weights of `source` into the directory `out`.
 
     flavour:  "onnx" (portable) or "ort" (com.microsoft twins where onnxruntime has a faster kernel).
+    quant:    "int8" or "int4" rounds the matrices in blocks of 32 (docs/quantisation.md says which); "none" does not.
     chunks:   lengths of the chunk graphs; None means 8 and 64 as far as the context allows.
     context:  longest sequence a growing state can hold; a model whose state does not grow ignores it (manifest: 0).
-    dtype:    storage of the matrices, "fp32", "fp16" or "bf16"; everything else stays float32, as does arithmetic.
+    dtype:    storage of the matrices that are not quantised, "fp32", "fp16" or "bf16"; all else, and arithmetic, is
+              float32.
     progress: called as progress(what, done, total); total 0 means that the end is not known.
     Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
     appears whole or not at all; an earlier export there is replaced.
@@ -153,16 +158,18 @@ def _write(
     directory: Path, source: Source, model: nn.Module, signatures: list[StepSignature], request: Request
 ) -> Manifest:
     graphs = []
+    quantised: dict[str, Quantised] = {}
     for index, signature in enumerate(signatures):
         request.report("tracing", index, len(signatures))
-        graphs.append(_graph(model, signature, request))
+        graphs.append(_graph(model, signature, request, quantised))
     request.report("tracing", len(signatures), len(signatures))
-    layout, constants = _layout(source, graphs)
-    digest = _write_weights(directory, source, layout, constants, request)
+    layout, constants = _layout(source, graphs, quantised)
+    digest = _write_weights(directory, layout, _Reader(source, constants, quantised), request)
+    same_bytes = {q.rows: q.codes for q in quantised.values()}
     files = []
     for graph, signature in zip(graphs, signatures, strict=True):
         file = "step.onnx" if signature.tokens == 1 else f"chunk{signature.tokens}.onnx"
-        lower.point_to_file(graph.graph, layout)
+        lower.point_to_file(graph.graph, layout, same_bytes)
         lower.save(graph, directory / file)
         files.append(GraphFile(file, signature))
     request.report("golden outputs", 0, 0)
@@ -190,13 +197,27 @@ def _write(
     return manifest
 
 
-def _write_weights(
-    directory: Path,
-    source: Source,
-    layout: weights.Layout,
-    constants: dict[str, NDArray[Any]],
-    request: Request,
-) -> hashlib._Hash:
+class _Reader:
+    """What the file stores under each name; a matrix is rounded when its codes are asked for, its scales come next."""
+
+    def __init__(self, source: Source, constants: dict[str, NDArray[Any]], quantised: dict[str, Quantised]) -> None:
+        self.source, self.constants = source, constants
+        self.codes = {q.codes: q for q in quantised.values()}
+        self.scales: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, name: str) -> NDArray[Any]:
+        if name in self.constants:
+            return self.constants[name]
+        if name in self.scales:
+            return self.scales.pop(name)
+        if name not in self.codes:
+            return self.source.tensor(name)
+        matrix = self.codes[name]
+        codes, self.scales[matrix.scales] = quantise(matrix.name, self.source.tensor(matrix.name), matrix.bits)
+        return codes
+
+
+def _write_weights(directory: Path, layout: weights.Layout, read: _Reader, request: Request) -> hashlib._Hash:
     written = 0
 
     def wrote(nbytes: int) -> None:
@@ -204,21 +225,22 @@ def _write_weights(
         written += nbytes
         request.report("writing weights", written, layout.nbytes)
 
-    def read(name: str) -> NDArray[Any]:
-        return constants[name] if name in constants else source.tensor(name)
-
     return weights.write(directory / weights.FILE, layout, read, wrote)
 
 
-def _graph(model: nn.Module, signature: StepSignature, request: Request) -> ir.Model:
+def _graph(model: nn.Module, signature: StepSignature, request: Request, quantised: dict[str, Quantised]) -> ir.Model:
     graph = trace(model, signature, request.flavour)
     tidy(graph, signature)
+    if request.quant in BITS:
+        quantised |= quantise_graph(graph, BITS[request.quant])
     if request.dtype != "float32":
         lower.store_as(graph.graph, lower.matrices(graph.graph), request.dtype)
     return graph
 
 
-def _layout(source: Source, graphs: list[ir.Model]) -> tuple[weights.Layout, dict[str, NDArray[Any]]]:
+def _layout(
+    source: Source, graphs: list[ir.Model], quantised: dict[str, Quantised]
+) -> tuple[weights.Layout, dict[str, NDArray[Any]]]:
     """One file for all graphs: the source's tensors in its order, then large constants of the code."""
     types: dict[str, tuple[DType, tuple[int, ...]]] = {}
     for graph in graphs:
@@ -226,16 +248,21 @@ def _layout(source: Source, graphs: list[ir.Model]) -> tuple[weights.Layout, dic
             if types.setdefault(name, stored) != stored:
                 raise ExportError(f"weight {name} is {types[name]} in one graph and {stored} in another")
     names = list(source.tensor_names())
-    unknown = sorted(types.keys() - set(names))
+    made = {name for q in quantised.values() for name in (q.codes, q.scales, q.rows)}
+    unknown = sorted(types.keys() - set(names) - made)
     if unknown:
         raise ExportError(
             f"the graph reads {unknown[0]}, which the source does not have",
             "a buffer that advance() reads must be in the state_dict or be made of Python numbers",
         )
     constants: dict[str, NDArray[Any]] = {}
-    tensors = []
+    tensors: list[tuple[str, DType, tuple[int, ...]]] = []
     for name in names:
-        if name not in types:  # a weight that only training reads stays with its own type
+        if name in quantised:
+            tensors += [(part, *types[part]) for part in (quantised[name].codes, quantised[name].scales)]
+            if name not in types:
+                continue
+        elif name not in types:  # a weight that only training reads stays with its own type
             array = source.tensor(name)
             types[name] = (str(array.dtype), array.shape)  # type: ignore[assignment]
         tensors.append((name, *types[name]))

@@ -51,9 +51,10 @@ class Layout:
 def plan(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> Layout:
     """Lay out (name, dtype, shape) in the order given, wider dtypes first so that each tensor is aligned to its type.
 
-    The data begin at a multiple of 64 bytes.
+    Bytes that fill whole words go among the words: the codes of a quantised matrix lie beside its scales, and both can
+    be written before the next matrix is read. The data begin at a multiple of 64 bytes.
     """
-    ordered = sorted(tensors, key=lambda t: -DTYPE_BYTES[t[1]])
+    ordered = sorted(tensors, key=lambda t: -_alignment(t[1], t[2]))
     entries: dict[str, dict[str, object]] = {}
     end = 0
     for name, dtype, shape in ordered:
@@ -68,6 +69,10 @@ def plan(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> Layout:
         stored[name] = StoredWeight(name, dtype, shape, offset, nbytes)
         offset += nbytes
     return Layout(header, stored)
+
+
+def _alignment(dtype: DType, shape: tuple[int, ...]) -> int:
+    return 4 if dtype == "uint8" and math.prod(shape) % 4 == 0 else DTYPE_BYTES[dtype]
 
 
 def write(

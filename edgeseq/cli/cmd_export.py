@@ -27,10 +27,10 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--quant",
-                type=click.Choice(["none"]),
+                type=click.Choice(["none", "int8", "int4"]),
                 default="none",
                 show_default=True,
-                help="Quantisation of the matrices.",
+                help="Round the matrices to 8 or 4 bits in blocks of 32; see docs/quantisation.md.",
             ),
             click.option(
                 "--chunk",
@@ -51,7 +51,7 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["fp32", "fp16", "bf16"]),
                 default="fp32",
                 show_default=True,
-                help="Storage of the matrices; arithmetic is fp32.",
+                help="Storage of the matrices that are not quantised; arithmetic is fp32.",
             ),
         )
     ):

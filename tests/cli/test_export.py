@@ -44,7 +44,7 @@ def test_twin_is_a_transformer_of_the_same_size(tmp_path: Path) -> None:
         ["zoo:tiny-mamba", "--context", "many"],
         ["zoo:tiny-mamba", "--chunk", "8,x"],
         ["zoo:tiny-mamba", "--chunk", "8,8"],
-        ["zoo:tiny-mamba", "--quant", "int8"],
+        ["zoo:tiny-mamba", "--quant", "int3"],
     ],
 )
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

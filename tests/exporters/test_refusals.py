@@ -23,7 +23,7 @@ def entries(directory: Path) -> list[str]:
     ("options", "words"),
     [
         ({"flavour": "tensorrt"}, "unknown flavour 'tensorrt'"),
-        ({"quant": "int8"}, "unknown quant 'int8'"),
+        ({"quant": "int3"}, "unknown quant 'int3'"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"context": 0}, "context of 0"),
         ({"context": -3}, "context of -3"),
