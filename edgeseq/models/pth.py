@@ -38,10 +38,15 @@ class PthFile:
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-    def read(self, stored: StoredTensor) -> Array:
-        """One tensor as contiguous float32 in its stated shape, converted; a view of the file where it already is."""
-        array = self.tensors[stored.name].to(torch.float32).numpy().reshape(stored.shape)
-        return np.ascontiguousarray(stored.convert(array), dtype=np.float32)
+    def reader(self, tensors: Mapping[str, StoredTensor]) -> Callable[[str], Array]:
+        """Our tensor name -> contiguous float32, converted; a view of the file where it already is."""
+
+        def read(name: str) -> Array:
+            stored = tensors[name]
+            array = self.tensors[stored.name].to(torch.float32).numpy().reshape(stored.shape)
+            return np.ascontiguousarray(stored.convert(array), dtype=np.float32)
+
+        return read
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -65,10 +70,14 @@ def _check(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Refuse what does not lie in the file as a plain array; a stride of 0 makes terabytes of a few bytes."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise SourceError(f"{path}: {name!r:.80} is a {tensor.layout} {tensor.dtype} tensor, but only dense {kinds} are read")
+        raise SourceError(
+            f"{path}: {name!r:.80} is a {tensor.layout} {tensor.dtype} tensor, but only dense {kinds} are read"
+        )
     size = tensor.numel() * tensor.element_size()
     if not tensor.is_contiguous() or size > path.stat().st_size or size == 0:
-        raise SourceError(f"{path}: {name!r:.80} does not lie in the file as a plain array of {list(tensor.shape)}", HINT)
+        raise SourceError(
+            f"{path}: {name!r:.80} does not lie in the file as a plain array of {list(tensor.shape)}", HINT
+        )
 
 
 def open_pth(path: Path) -> tuple[Family, Any, Callable[[str], Array]]:
@@ -79,8 +88,7 @@ def open_pth(path: Path) -> tuple[Family, Any, Callable[[str], Array]]:
     for record, bare in known:
         if bare.recognise(shapes):
             config = bare.config(shapes)
-            tensors = _resolve(path, bare, config, shapes)
-            return record, config, lambda name: file.read(tensors[name])
+            return record, config, file.reader(_resolve(path, bare, config, shapes))
     names = ", ".join(f.name for f, _ in known)
     raise SourceError(f"{path} has the tensors of none of {names}; its first is {next(iter(shapes))!r:.80}", HINT)
 
@@ -96,7 +104,9 @@ def _resolve(path: Path, bare: BareCheckpoint, config: Any, shapes: Mapping[str,
         raise SourceError(f"{path} also holds {_few(surplus)}, which this model has no place for")
     for name, shape in wanted.items():
         if shapes[name] != shape:
-            raise SourceError(f"{path}: {name} has shape {list(shapes[name])}, but its other tensors imply {list(shape)}")
+            raise SourceError(
+                f"{path}: {name} has shape {list(shapes[name])}, but its other tensors imply {list(shape)}"
+            )
     return tensors
 
 
@@ -171,7 +181,7 @@ def rwkv_tensors(
         ours, theirs = f"layers.{i}", f"blocks.{i}"
         found |= norm(f"{ours}.att_norm", f"{theirs}.ln1", d) | norm(f"{ours}.ffn_norm", f"{theirs}.ln2", d)
         for name, stored in mixes.items():
-            convert = turned if stored.startswith("time_mix") else flat
+            convert: Callable[[Array], Array] = turned if stored.startswith("time_mix") else flat
             found[f"{ours}.ffn.{name}"] = StoredTensor(f"{theirs}.ffn.{stored}", (d,), convert)
         found[f"{ours}.ffn.k_proj.weight"] = StoredTensor(f"{theirs}.ffn.key.weight", (f, d))
         found[f"{ours}.ffn.v_proj.weight"] = StoredTensor(f"{theirs}.ffn.value.weight", (d, f))

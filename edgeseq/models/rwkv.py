@@ -71,9 +71,7 @@ def wkv(r: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor, past: Tensor, hea
     """
     first = (0, 0, 1, 0)  # a row of zeros before the first token
     keys, values, decays = F.pad(k, first), F.pad(v, first), F.pad(g, first)
-    o, present = ops.linear_attention(
-        F.pad(r, (0, 0, 0, 1)), keys, values, past, decays, None, "gated", heads, heads
-    )
+    o, present = ops.linear_attention(F.pad(r, (0, 0, 0, 1)), keys, values, past, decays, None, "gated", heads, heads)
     return o[:, : r.shape[1]] + bonus(r, k, v, u, heads), present
 
 

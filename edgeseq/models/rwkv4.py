@@ -151,9 +151,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Rwkv4Config:
     s = pth.Sizes(shapes)
     vocab, d = s.of("emb.weight", 2)
-    return Rwkv4Config(
-        vocab, d, s.layers, s.of("blocks.0.att.time_decay", 1)[0], s.of("blocks.0.ffn.key.weight", 2)[0]
-    )
+    return Rwkv4Config(vocab, d, s.layers, s.of("blocks.0.att.time_decay", 1)[0], s.of("blocks.0.ffn.key.weight", 2)[0])
 
 
 def pth_tensors(c: Rwkv4Config) -> dict[str, StoredTensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,13 +95,13 @@ class Rwkv5(Rwkv):
         return StateSlot(name, "float32", (1, heads, width, width))
 
 
-def slow_to_fast(c: Rwkv5Config, name: str, width: int) -> Array:
+def slow_to_fast(c: Any, name: str, width: int) -> Array:
     """Published initial time_decay: -6 (slow) to -1 (fast) over the channels, more of them slow in low layers."""
     ramp = np.arange(width) / max(1, width - 1)
     return (-6.0 + 5.0 * ramp ** (0.7 + 1.3 * depth(c, layer_of(name))[0])).astype(np.float32)
 
 
-def zigzag(c: Rwkv5Config, name: str, width: int) -> Array:
+def zigzag(c: Any, name: str, width: int) -> Array:
     """Published initial bonus: falling over the channels, with a period of three."""
     n = np.arange(width)
     return (depth(c, layer_of(name))[0] * (1.0 - n / max(1, width - 1)) + 0.1 * ((n + 1) % 3 - 1)).astype(np.float32)

@@ -14,7 +14,7 @@ State of a layer: att [1,1,d], wkv [1,H,N,N], ffn [1,1,d].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,10 +153,14 @@ def pth_tensors(c: Rwkv6Config) -> dict[str, StoredTensor]:
         "head_norm_bias": ("ln_x.bias", (d,), pth.flat),
     }
     for i, z in enumerate(MIXED):
-        layer[f"mix_up.{z}.weight"] = ("time_maa_w2", (5, m, d), lambda x, i=i: pth.transposed(x[i]))
+        layer[f"mix_up.{z}.weight"] = ("time_maa_w2", (5, m, d), _fifth(i))
         layer[f"mix_up.{z}.bias"] = (f"time_maa_{z}", (d,), pth.flat)
     layer |= pth.square_matrices(d, r="receptance", k="key", v="value", g="gate", o="output")
     return pth.rwkv_tensors(c, {"mix_k": "time_maa_k", "mix_r": "time_maa_r"}, True, lambda i: layer)
+
+
+def _fifth(i: int) -> Callable[[Array], Array]:
+    return lambda x: pth.transposed(x[i])
 
 
 FAMILY = Family(

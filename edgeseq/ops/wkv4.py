@@ -32,9 +32,7 @@ INPUTS = (
 OUTPUTS = (Param("o", "[B,T,C]", "averages"), Param("present", "[B,3,C]", "a, b and p after the last token"))
 
 
-def wkv4(
-    k: NDArray, v: NDArray, time_decay: NDArray, time_first: NDArray, past: NDArray
-) -> tuple[NDArray, NDArray]:
+def wkv4(k: NDArray, v: NDArray, time_decay: NDArray, time_first: NDArray, past: NDArray) -> tuple[NDArray, NDArray]:
     """The definition, token by token, in the dtype of `k` (float64 decides)."""
     a, b, p = (past[:, row].astype(k.dtype) for row in range(3))  # [B,C] each
     w, o = -np.exp(time_decay.astype(k.dtype)), np.empty_like(v)

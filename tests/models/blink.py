@@ -69,7 +69,7 @@ def checkpoint(version: int) -> dict[str, torch.Tensor]:
         leaf = name.rsplit(".", 1)[-1]
         if ".ln" in name or name.startswith("ln"):
             drawn = 0.2 * drawn + (1.0 if name.endswith("weight") else 0.0)
-        elif "_mix_" in leaf or "_maa_" in leaf and len(shape) == 3 and shape[0] == 1 or leaf.startswith("x_"):
+        elif "_mix_" in leaf or ("_maa_" in leaf and len(shape) == 3 and shape[0] == 1) or leaf.startswith("x_"):
             drawn = 0.5 + 0.3 * drawn
         elif leaf in ("time_decay", "w0"):
             drawn = -1.0 + 2.0 * drawn
