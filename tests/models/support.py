@@ -10,6 +10,10 @@ from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
 from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.retnet import RetNetConfig
+from edgeseq.models.rwkv4 import Rwkv4Config
+from edgeseq.models.rwkv5 import Rwkv5Config
+from edgeseq.models.rwkv6 import Rwkv6Config
+from edgeseq.models.rwkv7 import Rwkv7Config
 from edgeseq.models.source import load_weights
 from edgeseq.models.transformer import RopeConfig, TransformerConfig
 from edgeseq.models.twin import family_of_config
@@ -19,6 +23,10 @@ LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
 ODD = {
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
+    "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),
+    "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
+    "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
+    "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
     "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
 }
 CONFIGS = ODD | {f"{name}-tiny": record.tiny for name, record in families().items()}
@@ -35,6 +43,8 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = 1.0 + drawn
         elif name.endswith(".A"):
             drawn = -np.exp(0.5 + 3.0 * drawn)
+        elif name.endswith(("time_decay", "decay_up.bias", "up.w.bias")):
+            drawn = rng.uniform(-6.0, 2.0, shape)
         elif name.endswith("dt_bias"):
             drawn = rng.uniform(-9.0, 0.0, shape)
         tensors[name] = constants.get(name, drawn.astype(np.float32))
