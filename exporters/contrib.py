@@ -6,6 +6,8 @@ onnxruntime knows them; onnx does not, and would stop inferring shapes there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import onnx
@@ -35,9 +37,9 @@ _SCHEMAS: dict[str, tuple[str, str, dict[str, Any], tuple[str, str]]] = {
 
 def register() -> None:
     """Make the schemas known to onnx; doing it twice is harmless."""
-    schemas = {name: (lambda name=name: _schema(name)) for name in _SCHEMAS}
-    schemas |= {"MatMulNBits": _matmul_schema, "GatherBlockQuantized": _gather_schema}
-    for name, make in schemas.items():
+    makers: dict[str, Callable[[], OpSchema]] = {name: partial(_schema, name) for name in _SCHEMAS}
+    makers |= {"MatMulNBits": _matmul_schema, "GatherBlockQuantized": _gather_schema}
+    for name, make in makers.items():
         if not onnx.defs.has(name, DOMAIN):
             onnx.defs.register_schema(make())
 
@@ -100,7 +102,7 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def _quantised(
-    name: str, inputs: list[tuple[str, str]], output: str, numbers: dict[str, int | None], infer: Any
+    name: str, inputs: list[tuple[str, str]], output: str, numbers: Mapping[str, int | None], infer: Any
 ) -> OpSchema:
     """numbers: integer attributes and their defaults, None for those that must be given."""
     attributes = [
