@@ -10,6 +10,7 @@ B batch, H heads of the state, C chunks, n tokens of a chunk, K key and V value 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,3 +98,10 @@ def _pairs(x: Tensor, y: Tensor, G: Tensor | None) -> Tensor:
 def _from_start(x: Tensor, G: Tensor | None) -> Tensor:
     """x with the decay since the chunk began."""
     return x if G is None else torch.exp(G) * x
+
+
+def unit_heads(x: Tensor, heads: int, norm: Callable[[Tensor, Tensor | None, float], Tensor]) -> Tensor:
+    """Each head of x [B,T,H*K] over sqrt(sum x^2 + 1e-6), by `norm` (an RMS norm over the last axis)."""
+    each = x.unflatten(-1, (heads, -1))
+    width = each.shape[-1]
+    return norm(each, x.new_full((width,), width**-0.5), 1e-6 / width).flatten(-2)
