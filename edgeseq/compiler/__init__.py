@@ -1,15 +1,15 @@
-"""Export directory -> bundle. The only folder that imports tvm, behind `tvm_api`."""
+"""Export directory, or somebody else's ONNX file -> bundle. The only folder that imports tvm, behind `tvm_api`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["compile_export"]
+__all__ = ["ImportOptions", "compile_export", "compile_onnx"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compile_export":
-        from .pipeline import compile_export
+    if name in __all__:
+        from . import pipeline
 
-        return compile_export
+        return getattr(pipeline, name)
     raise AttributeError(name)

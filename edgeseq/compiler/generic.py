@@ -67,7 +67,7 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
 
     # TVM wants identifiers and folds names into functions; equal layers shall give equal functions.
     plain = {name: f"t{i}" for i, name in enumerate(dict.fromkeys([*read, *(o for n in nodes for o in n.outputs)]))}
-    small = [numpy_helper.from_array(np.ascontiguousarray(c), plain[n]) for n, c in constants.items() if c is not None]
+    small = [numpy_helper.from_array(np.asarray(c, order="C"), plain[n]) for n, c in constants.items() if c is not None]
     part = helper.make_graph([_renamed(n.proto, plain) for n in nodes], "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
     model = helper.make_model(part, opset_imports=[helper.make_opsetid("", 21)])
     try:

@@ -58,6 +58,7 @@ class Lowering:
         self.graph, self.signature, self.memory, self.target = graph, signature, memory, target
         self.calls: list[Call] = []
         self.arena: list[Storage] = []
+        self.taken: set[Node] = set()
         self._values: dict[str, Value] = {}
         self._quantized: dict[tuple[str, int], tuple[Value, Value, Value]] = {}
         self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
@@ -190,7 +191,7 @@ class Lowering:
 
     def _claim(self) -> list[Claim]:
         table = rules_by_op()
-        taken: set[Node] = set()
+        taken = self.taken
         claims = []
         for absorbing in (True, False):
             for node in self.graph.nodes:

@@ -1,8 +1,9 @@
-"""Compile: an export directory to a bundle. The whole pipeline on one page.
+"""Compile: an export directory, or somebody else's ONNX file, to a bundle. The whole pipeline on one page.
 
 | stage    | function                | file          | artefact                          |
 |----------|-------------------------|---------------|-----------------------------------|
 | read     | graph.load_graph        | graph.py      | Graph: nodes, static shapes       |
+| or read  | foreign.import_onnx     | foreign/      | manifest and graph of one step    |
 | lower    | lowering.Lowering.run   | lowering.py   | Calls: kernels with their values  |
 | place    | memory.plan_arena …     | memory.py     | offsets                           |
 | generate | codegen.KernelSet       | codegen.py    | kernels.o, kernel_table.c           |
@@ -31,7 +32,8 @@ from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
 
 from . import dump as dumps
 from .codegen import KernelSet
-from .graph import Weight, load_graph
+from .foreign.options import ImportOptions
+from .graph import Graph, Weight, load_graph
 from .ir import Arg, Call, Storage
 from .link import link
 from .lowering import Lowering, Memory
@@ -53,6 +55,55 @@ def compile_export(
     Memory stays that of the largest tensor. Raises UsageError, CompileError, BundleError; then nothing is left.
     """
     manifest = load_manifest(export_dir)
+
+    def carry(folder: Path) -> None:
+        for name in _CARRIED:
+            if (export_dir / name).is_file():
+                shutil.copyfile(export_dir / name, folder / name)
+
+    return _compile(manifest, lambda g: load_graph(export_dir / g.file), target, out, carry, progress, dump)
+
+
+def compile_onnx(
+    path: Path,
+    target: str,
+    out: Path,
+    options: ImportOptions,
+    *,
+    progress: Progress | None = None,
+    dump: Path | None = None,
+) -> Path:
+    """Compile the stateful ONNX file `path`, one step a call, for `target` into the bundle directory `out`.
+
+    The bundle's golden is what onnxruntime makes of the file itself, where it can run it. Raises as compile_export.
+    """
+    from . import foreign
+
+    resolve(target)
+    imported = foreign.import_onnx(path, options)
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        foreign.save(imported, dump)
+
+    def read(graph: GraphFile) -> Graph:
+        return Graph(imported.model, imported.folder, graph.file)
+
+    def carry(folder: Path) -> None:
+        foreign.write_golden(path, imported, folder)
+
+    return _compile(imported.manifest, read, target, out, carry, progress, dump)
+
+
+def _compile(
+    manifest: Manifest,
+    read: Callable[[GraphFile], Graph],
+    target: str,
+    out: Path,
+    carry: Callable[[Path], None],
+    progress: Progress | None,
+    dump: Path | None,
+) -> Path:
+    """read: the graph of one of the manifest's files. carry: writes what else belongs into the bundle's folder."""
     chosen = resolve(target)
     report = progress or (lambda what, done, total: None)
     memory = Memory()
@@ -60,7 +111,7 @@ def compile_export(
     graphs = sorted(manifest.graphs, key=lambda g: g.signature.tokens)
     for i, graph_file in enumerate(graphs):
         report("lower", i, len(graphs))
-        lowering = Lowering(load_graph(export_dir / graph_file.file), graph_file.signature, memory, chosen)
+        lowering = Lowering(read(graph_file), graph_file.signature, memory, chosen)
         calls = lowering.run()
         mark_outputs_only(calls)
         lowered.append((graph_file, calls, plan_arena(calls)))
@@ -76,9 +127,7 @@ def compile_export(
         _build(chosen, kernels, encode(plan).plan_id, folder, Path(work), report, dump)
         plan_id = write_plan(plan, folder / "model.edgeseq", progress)
         write_facts(plan, plan_id, folder)
-        for name in _CARRIED:
-            if (export_dir / name).is_file():
-                shutil.copyfile(export_dir / name, folder / name)
+        carry(folder)
     return out
 
 

@@ -48,7 +48,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     own_bias = node.inputs[2] if gemm and len(node.inputs) > 2 else ""
     if own_bias and (own_bias not in graph.weights or graph.shape(own_bias) != (m,)):
         return None
-    after = absorb(graph, node.outputs[0], own_bias)
+    after = absorb(graph, node.outputs[0], own_bias, low.taken)
 
     def emit() -> None:
         xv, w = low.rows(x), low.weight(weight, layout)

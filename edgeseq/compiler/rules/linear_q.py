@@ -25,7 +25,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     if packed not in graph.weights or scales not in graph.weights:
         return None
     m, k = int(node.attrs["N"]), int(node.attrs["K"])
-    after = absorb(graph, node.outputs[0])
+    after = absorb(graph, node.outputs[0], taken=low.taken)
 
     def emit() -> None:
         isa = low.target.dot
