@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
 
 from edgeseq.errors import CompileError
 from edgeseq.spec import DTYPE_BYTES, StepSignature
@@ -34,7 +37,9 @@ class Memory:
     def weight(self, layout: str, *sources: Weight) -> Storage:
         """The packed form of one tensor (or of codes and scales); the same bytes of a file are packed once."""
         first = sources[0]
-        origin = (first.file, first.offset) if first.file else first.name
+        origin: Hashable = (first.file, first.offset)
+        if first.array is not None:  # graphs may give one name to different constants
+            origin = (first.dtype, first.shape, sha256(np.ascontiguousarray(first.array)).digest())
         if (origin, layout) not in self.weights:
             nbytes = math.prod(packed_shape(layout, first.shape)) * DTYPE_BYTES[first.dtype]
             storage = Storage("weight", first.name, nbytes, layout)
@@ -60,6 +65,7 @@ class Lowering:
         self.arena: list[Storage] = []
         self.taken: set[Node] = set()
         self._values: dict[str, Value] = {}
+        self._kept: dict[str, None] = {}
         self._quantized: dict[tuple[str, int], tuple[Value, Value, Value]] = {}
         self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
         for name in graph.inputs:
@@ -134,9 +140,14 @@ class Lowering:
         return True
 
     def owns_state(self, past: str, present: str, nodes: tuple[Node, ...]) -> bool:
-        """Whether `nodes` may update slot `past` in place and leave it as `present`."""
+        """Whether `nodes` may update slot `past` in place and leave it as `present`.
+
+        Where others read `past` too, they get a copy made before the first call.
+        """
         is_slot = past.startswith("past.") and present == "present." + past.removeprefix("past.")
-        return is_slot and self._read_only_by(past, nodes)
+        if is_slot and not self._read_only_by(past, nodes):
+            self._kept[past] = None
+        return is_slot
 
     def _read_only_by(self, name: str, nodes: tuple[Node, ...]) -> bool:
         """Whether `name`, and every window of it, is read by `nodes` alone."""
@@ -146,9 +157,9 @@ class Lowering:
         )
 
     def state(self, past: str, present: str) -> Value:
-        value = self._values[past]
-        self._values[present] = value
-        return value
+        dtype, shape = self.graph.types[past]
+        self._values[present] = Value(past, dtype, shape, self.memory.state[past.removeprefix("past.")])
+        return self._values[present]
 
     def result(self, name: str) -> Value:
         """Memory for the output `name`."""
@@ -171,6 +182,8 @@ class Lowering:
 
     def run(self) -> list[Call]:
         claims = self._claim()
+        for past in self._kept:
+            self._values[past] = self._copied(self._values[past])
         last = {claim.nodes[-1] if len(claim.nodes) == 1 else max(claim.nodes, key=lambda n: n.index): claim for claim in claims}
         claimed = {n for claim in claims for n in claim.nodes}
         wanted = self._wanted(claims, claimed)
@@ -262,7 +275,8 @@ class Lowering:
         members = set(group)
         outputs = [
             o for o in produced
-            if o in self.graph.outputs or any(n not in members for n in self.graph.consumers.get(o, []))
+            if o not in self._values
+            and (o in self.graph.outputs or any(n not in members for n in self.graph.consumers.get(o, [])))
         ]  # fmt: skip
         fused = generic.fuse(self.graph, sorted(group, key=lambda n: n.index), outputs)
         holders = {alias: name for name, alias in fused.aliases.items()}
@@ -300,9 +314,9 @@ class Lowering:
         while queue:
             for name in queue.pop().inputs:
                 node = self.graph.producer.get(name) if name else None
-                if node is None or node in members or node.op not in VIEW_OPS or name in self._values:
+                if node is None or node in members or node.op not in VIEW_OPS:
                     continue
-                window = self._window(name)
+                window = self._window(name)  # its own memory, where it has any
                 if window is None or not window.contiguous:
                     members[node] = None
                     queue.append(node)
@@ -311,16 +325,30 @@ class Lowering:
     def _settle_outputs(self) -> None:
         """Bring every output to its place; copies are needed only where no kernel could write there."""
         for name in self.graph.outputs:
-            value = self.value(name)
-            slot = name.removeprefix("present.")
-            home = self.memory.state[slot] if name.startswith("present.") else self.memory.io.get(name)
-            if home is not None and value.storage is home:
-                continue
-            copy = KernelRef("copy", Copy(math.prod(value.shape), value.dtype))
-            if home is None:
-                home = self.memory.port(name, self._ports[name].nbytes)
-            target = Value(name, value.dtype, value.shape, home)
-            self.call(copy, Arg(self.dense(name), "r"), Arg(target, "w"))
+            if not self.value(name).contiguous:
+                del self._values[name]
+                self._flush([self.graph.producer[name]], set())
+        moves = [(n, self.value(n), self._home(n)) for n in self.graph.outputs]
+        moves = [(n, v, home) for n, v, home in moves if v.storage is not home]
+        replaced = {home for _, _, home in moves}
+        kept = [self._copied(v) if v.storage in replaced else v for _, v, _ in moves]  # read before it is overwritten
+        for (name, _, home), value in zip(moves, kept, strict=True):
+            self._copy(value, Value(name, value.dtype, value.shape, home))
+
+    def _home(self, name: str) -> Storage:
+        """Where the output `name` has to end."""
+        if name.startswith("present."):
+            return self.memory.state[name.removeprefix("present.")]
+        return self.memory.port(name, self._ports[name].nbytes)
+
+    def _copied(self, value: Value) -> Value:
+        """A copy of `value` in scratch memory, made at this point of the calls."""
+        copy = self._scratch(f"{value.name}.copy", value.dtype, value.shape)
+        self._copy(value, copy)
+        return copy
+
+    def _copy(self, source: Value, target: Value) -> None:
+        self.call(KernelRef("copy", Copy(math.prod(source.shape), source.dtype)), Arg(source, "r"), Arg(target, "w"))
 
     def _define_input(self, name: str) -> None:
         dtype, shape = self.graph.types[name]

@@ -170,9 +170,19 @@ def _plan(
 
 
 def _tensor_names(memory: Memory) -> dict[Storage, str]:
-    """A tensor packed in two layouts carries the layout in its name."""
+    """A tensor packed in two layouts carries the layout in its name; constants of one name are numbered."""
     counts = Counter(s.name for s in memory.weights.values())
-    return {s: s.name if counts[s.name] == 1 else f"{s.name}@{s.layout}" for s in memory.weights.values()}
+    names: dict[Storage, str] = {}
+    taken: set[str] = set()
+    for s in memory.weights.values():
+        name = base = s.name if counts[s.name] == 1 else f"{s.name}@{s.layout}"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{base}.{number}"
+        taken.add(name)
+        names[s] = name
+    return names
 
 
 def _tensor(name: str, sources: tuple[Weight, ...], storage: Storage) -> PlanTensor:
