@@ -5,8 +5,11 @@ Nothing here depends on a family, so any ONNX graph with static shapes compiles.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,25 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgeseq.errors import CompileError
+from edgeseq.spec import DTYPE_BYTES
 
 from .graph import Graph, Node
-from .tvm_api import IRModule, PrimFunc, TvmCall, TvmTarget, module_pass_sequence, onnx_frontend, relax, s_tir, structural_map, tirx, tvm
+from .tvm_api import (
+    IRModule,
+    PrimFunc,
+    TvmCall,
+    TvmTarget,
+    module_pass_sequence,
+    onnx_frontend,
+    relax,
+    s_tir,
+    structural_map,
+    tirx,
+    tvm,
+)
 
 ELEMENTS_PER_BLOCK = 4096
+STACK_BYTES = 8192
 LANES = (16, 8, 4, 2, 1)
 
 
@@ -49,10 +66,31 @@ def fuse(graph: Graph, nodes: list[Node], outputs: list[str]) -> FusedGroup:
     main = module["main"]
     names: dict[Any, str] = dict(zip(main.params, inputs, strict=True))
     walker = _Walker(module, names, outputs)
-    for block in main.body.blocks:
-        for binding in block.bindings:
-            walker.visit(binding.var, binding.value)
+    try:
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                walker.visit(binding.var, binding.value)
+    except _Unlowered as error:
+        raise _unsupported(graph, nodes, error.name) from None
     return walker.finish(main.body.body)
+
+
+class _Unlowered(Exception):
+    """TVM has no loops for its operator `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _unsupported(graph: Graph, nodes: list[Node], name: str) -> CompileError:
+    """Names the ONNX operator that TVM calls `name`, or all there are where it calls it something else."""
+    same = [n.op for n in nodes if n.op.lower() == name.replace("_", "").lower()]
+    which = f"operator {same[0]}" if same else "one of " + ", ".join(sorted({n.op for n in nodes}))
+    return CompileError(
+        f"{graph.label}: {which} cannot be compiled: no rule claims it and TVM has no code for it",
+        "express it by other operators, or add a rule to edgeseq/compiler/rules",
+    )
 
 
 def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModule, list[str]]:
@@ -70,19 +108,29 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
     small = [numpy_helper.from_array(np.asarray(c, order="C"), plain[n]) for n, c in constants.items() if c is not None]
     part = helper.make_graph([_renamed(n.proto, plain) for n in nodes], "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
     model = helper.make_model(part, opset_imports=[helper.make_opsetid("", 21)])
-    try:
-        module = onnx_frontend.from_onnx(model)
-    except Exception as error:  # the importer raises whatever its converters meet
-        ops = ", ".join(sorted({n.op for n in nodes}))
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise CompileError(f"{graph.label}: no rule and no TVM converter for one of {ops}: {reason}") from error
     t = relax.transform
     passes = [
         t.DecomposeOpsForInference(), t.FoldConstant(), t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant(),
         t.FuseOps(), t.FuseTIR(), t.DeadCodeElimination(),
     ]  # fmt: skip
-    with TvmTarget({"kind": "llvm"}):
-        return module_pass_sequence(passes)(module), inputs
+    try:
+        with warnings.catch_warnings(), TvmTarget({"kind": "llvm"}):
+            warnings.simplefilter("ignore")  # the importer's checker is older than our operators
+            return module_pass_sequence(passes)(onnx_frontend.from_onnx(model)), inputs
+    except Exception as error:  # converters and shape rules raise whatever they meet
+        raise _import_error(graph, nodes, error) from error
+
+
+def _import_error(graph: Graph, nodes: list[Node], error: Exception) -> CompileError:
+    """Names the first operator that TVM has no converter for; else what the importer said of one of them."""
+    known = onnx_frontend._get_convert_map()
+    for node in nodes:
+        if node.op not in known:
+            return _unsupported(graph, nodes, node.op)
+    ops = ", ".join(sorted({n.op for n in nodes}))
+    lines = str(error).strip().splitlines()
+    reason = lines[-1] if lines else type(error).__name__
+    return CompileError(f"{graph.label}: TVM's importer refused one of {ops}: {reason}")
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
@@ -114,7 +162,7 @@ class _Walker:
         elif value in self.names or hasattr(value, "value"):
             self.names[var] = self.name(value)
         else:
-            raise CompileError(f"TVM left {value} unlowered", "report the operator; it needs a rule")
+            raise _Unlowered(str(getattr(getattr(value, "op", None), "name", value)).removeprefix("relax."))
 
     def _call(self, var: Any, call: Any) -> None:
         func = self.module[call.args[0]]
@@ -131,6 +179,11 @@ class _Walker:
         else:
             self.tuples[var] = outputs
         scheduled, grid = schedule(func)
+        scheduled, scratch = hoist(scheduled)
+        for kind in scratch:
+            name = f"#{len(self.intermediates)}"
+            self.intermediates[name] = kind
+            outputs.append(name)
         label = str(call.args[0].name_hint).removeprefix("fused_")
         self.calls.append(FusedCall(label, scheduled, grid, inputs, tuple(outputs)))
 
@@ -152,6 +205,8 @@ class _Walker:
 
 def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
     """Inline what can be, split a lone elementwise block into a grid of vectorised blocks; else one serial block."""
+    if func.body.block.name_hint != "root":
+        return func, 1  # written by hand inside TVM (scatters): loops without blocks
     sch = s_tir.Schedule(func)
     root = sch.get_sblock("root")
     for block in sch.get_child_blocks(root):
@@ -177,12 +232,31 @@ def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
     return sch.mod["main"], grid
 
 
+def hoist(func: PrimFunc) -> tuple[PrimFunc, list[tuple[str, tuple[int, ...]]]]:
+    """Turn buffers that would not fit a thread's stack into parameters behind the others; returns their types."""
+    block = func.body.block
+    types = [(str(b.dtype), tuple(int(d) for d in b.shape)) for b in block.alloc_buffers]
+    sizes = list(accumulate(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in types))
+    small = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total <= STACK_BYTES]
+    big = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total > STACK_BYTES]
+    if not big:
+        return func, []
+    inner = s_tir.SBlock(
+        block.iter_vars, block.reads, block.writes, block.name_hint, block.body, block.init, small, block.match_buffers,
+        block.annotations,
+    )  # fmt: skip
+    body = s_tir.SBlockRealize(func.body.iter_values, func.body.predicate, inner)
+    made = tirx.PrimFunc([*func.params, *big], body, func.ret_type).with_attrs(func.attrs)
+    return made, types[len(small) :]
+
+
 def _spatial(sch: Any, block: Any) -> bool:
     return all(int(v.iter_type) == 0 for v in sch.get(block).iter_vars)
 
 
 def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]) -> PrimFunc:
     """Lower a scheduled PrimFunc of buffers to `void name(pointers…, int32 block)`, still without intrinsics lowered."""
+    offsets = [p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tvm.ir.Var)]
     func = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     (func,) = lower_passes(IRModule({name: func})).functions.values()
     block = tirx.Var("block", "int32")
@@ -197,12 +271,22 @@ def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], 
         return call
 
     def thread(attr: Any) -> Any:
+        if attr.attr_key.startswith("pragma_"):
+            return attr.body
         if attr.attr_key != "thread_extent":
             return attr
         blocks.append(attr.node.var)
         return attr.body
 
-    body = structural_map(func.body, [(TvmCall, data), (tirx.AttrStmt, thread)])
+    def serial(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.PARALLEL:
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+
+    body = structural_map(func.body, [(TvmCall, data), (tirx.AttrStmt, thread), (tirx.For, serial)])
+    if offsets:  # of buffers that hand-written functions take wherever they begin
+        zero = {str(v.ty.dtype): tirx.const(0, str(v.ty.dtype)) for v in offsets}
+        body = structural_map(body, [(tvm.ir.Var, lambda v: zero[str(v.ty.dtype)] if any(v.same_as(o) for o in offsets) else v)])
     if blocks:
         old, new = blocks[0], tirx.Cast(str(blocks[0].ty.dtype), block) if str(blocks[0].ty.dtype) != "int32" else block
         body = structural_map(body, [(tvm.ir.Var, lambda v: new if v.same_as(old) else v)])

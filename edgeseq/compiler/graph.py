@@ -137,9 +137,13 @@ class Graph:
                     raise CompileError(f"{self.label}: {v.name} has a dynamic shape", "export with static shapes")
                 continue
             types[v.name] = (self._dtype(v.type.tensor_type.elem_type, v.name), tuple(d.dim_value for d in dims))
-        missing = [o for n in self.nodes for o in n.outputs if o and o not in types]
+        missing = next(((n, o) for n in self.nodes for o in n.outputs if o and o not in types), None)
         if missing:
-            raise CompileError(f"{self.label}: the shape of {missing[0]} is unknown", "export with static shapes")
+            node, name = missing
+            raise CompileError(
+                f"{self.label}: the shape of {name}, which operator {node.op} makes, is unknown",
+                "export with static shapes and with operators that onnx knows",
+            )
         return types
 
 
@@ -152,5 +156,9 @@ def load_graph(path: Path) -> Graph:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises its own zoo of errors on damaged files
         raise CompileError(f"{path.name} is not a readable ONNX file: {error}") from error
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompileError(f"{path.name}: its shapes do not fit together: {reason}") from error
     return Graph(model, path.parent, path.name)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tvm
 import tvm.relax
-import tvm.relax.frontend.onnx as onnx_frontend
 from tvm import relax, s_tir, tirx
 from tvm.ir import Call as TvmCall
 from tvm.ir import IRModule, PointerType, PrimType
+from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target as TvmTarget
 from tvm.tirx import PrimFunc
