@@ -95,6 +95,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "es_input": (c_int32, [_P, c_uint32, c_char_p, POINTER(_P), _SIZE]),
     "es_output": (c_int32, [_P, c_uint32, c_char_p, POINTER(_P), _SIZE]),
     "es_run": (c_int32, [_P, c_uint32]),
+    "es_profile": (c_int32, [_P, c_uint32, POINTER(c_uint64), c_size_t]),
     "es_session_fork": (c_int32, [_P, _P, c_size_t, POINTER(_P), _WHY]),
     "es_session_copy": (c_int32, [_P, _P]),
     "es_state_bytes": (c_int32, [_P, _SIZE]),

@@ -87,6 +87,11 @@ def pieces(elements: int, lanes: int = LANES) -> list[tuple[int, int]]:
     return whole + ([(elements - rest, rest)] if rest else [])
 
 
+def prefetch(buffer: Buffer, offset: Expr) -> None:
+    """Ask for the cache line of an element ahead of its use; a hint, any address is allowed."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(buffer[offset]), 0, 3, 1))
+
+
 def loop(extent: int, body: Callable[[Expr], None]) -> None:
     """A serial loop; a single iteration is emitted straight."""
     if extent == 1:

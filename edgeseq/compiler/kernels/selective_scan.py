@@ -2,8 +2,7 @@
 
 dt <- clip(softplus(dt + dt_bias));  S[n,d] <- exp(dt[d] A[n,d]) S[n,d] + dt[d] u[d] B[n]
 y[d] = (sum_n C[n] S[n,d] + Dskip[d] u[d]) silu(z[d])
-Lanes are channels; the state of a block stays in registers or first-level cache over all tokens. The projection
-dt = W_dt r may be part of the kernel: a block needs only its own rows of W_dt.
+Lanes are channels; the state of a block stays in registers or first-level cache over all tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +12,23 @@ from dataclasses import dataclass
 
 from ..tvm_api import T, tirx
 from . import Built
-from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, silu, softplus, splat, split_blocks, store
+from ._emit import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    kernel,
+    let,
+    load,
+    local,
+    loop,
+    prefetch,
+    silu,
+    softplus,
+    splat,
+    split_blocks,
+    store,
+)
 from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 
@@ -21,7 +36,7 @@ from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 class SelectiveScan:
     """T tokens, D channels, N states; ld*: floats between tokens of each input.
 
-    R: rank of dt when it is projected here: `dt` is then r [T,R] and `w` is W_dt [D,R] packed rows16; 0: dt is [T,D].
+    A is packed columns16: [ceil(D/16)][N][16].
     quant: write int8 blocks for weights of this zero point instead of y (D a multiple of 64).
     """
 
@@ -39,21 +54,19 @@ class SelectiveScan:
     dt_softplus: bool = True
     dt_min: float = 0.0
     dt_max: float = math.inf
-    R: int = 0
     quant: int | None = None
 
     @property
     def args(self) -> tuple[str, ...]:
-        switches = (("w", self.R > 0), ("Dskip", self.skip), ("z", self.gate), ("dt_bias", self.dt_bias))
+        switches = (("Dskip", self.skip), ("z", self.gate), ("dt_bias", self.dt_bias))
         optional = [a for a, on in switches if on]
         return ("u", "dt", "A", "B", "C", *optional, "past", *(("y",) if self.quant is None else OUTPUTS))
 
 
 def build(name: str, p: SelectiveScan) -> Built:
-    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.R or p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
+    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
     floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
-    floats["w"] = -(-p.D // LANES) * LANES * p.R
+    floats |= {"A": -(-p.D // LANES) * LANES * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
     per_block = LANES if p.quant is None else BLOCK
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
@@ -63,6 +76,11 @@ def build(name: str, p: SelectiveScan) -> Built:
 
         def block(first: Expr, count: int) -> None:
             cover = [(i * LANES, min(LANES, count - i * LANES)) for i in range(-(-count // LANES))]
+            for n in range(p.N):  # the state's rows lie apart, and the next block's are wanted soon
+                for at, _ in cover:
+                    prefetch(k["past"], n * p.D + first + per_block + at)
+            for i in range(0, per_block * p.N, LANES):
+                prefetch(k["A"], (first + per_block) * p.N + i)
             for state, (at, lanes) in zip(states, cover, strict=False):
                 for n in range(p.N):
                     store(state, n * LANES, load(k["past"], n * p.D + first + at, lanes), lanes)
@@ -87,15 +105,7 @@ def build(name: str, p: SelectiveScan) -> Built:
 
 def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Expr:
     """dt of `lanes` channels from d."""
-    if p.R:
-        acc = local(LANES)
-        store(acc, 0, splat(0.0))
-        with T.serial(p.R) as r:
-            weights = load(k["w"], (d // LANES * p.R + r) * LANES)
-            store(acc, 0, load(acc, 0) + weights * splat(k["dt"][t * p.lddt + r]))
-        dt = load(acc, 0, lanes)
-    else:
-        dt = load(k["dt"], t * p.lddt + d, lanes)
+    dt = load(k["dt"], t * p.lddt + d, lanes)
     if p.dt_bias:
         dt = dt + load(k["dt_bias"], d, lanes)
     dt = let(softplus(dt, lanes) if p.dt_softplus else dt)
@@ -114,7 +124,7 @@ def _channels(k: Kernel, p: SelectiveScan, state: Buffer, t: Expr, d: Expr, lane
     dtu = let(dt * u)
     store(acc, 0, splat(0.0, lanes), lanes)
     for n in range(p.N):
-        decay = T.exp(dt * load(k["A"], n * p.D + d, lanes))
+        decay = T.exp(dt * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
         s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
         store(state, n * LANES, s, lanes)
         s = load(state, n * LANES, lanes)

@@ -29,11 +29,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Rule:
-    """`absorbs`: it also takes nodes that another rule would claim, so it looks at the whole graph first."""
-
     ops: tuple[str, ...]
     match: Callable[[Lowering, Node], Claim | None]
-    absorbs: bool = False
 
 
 @cache

@@ -283,6 +283,9 @@ ES_API es_status es_input(es_session *session, uint32_t graph, const char *name,
 ES_API es_status es_output(const es_session *session, uint32_t graph, const char *name, const void **data,
                            size_t *bytes);
 ES_API es_status es_run(es_session *session, uint32_t graph);
+/* es_run, with the nanoseconds of every launch of the graph in ns[0..n); n must be the graph's number of launches,
+ * which es_model_graph tells. The tokens are those of the graph's last run. */
+ES_API es_status es_profile(es_session *session, uint32_t graph, uint64_t *ns, size_t n);
 
 /* ---- State: the whole memory of a stream, portable across targets ---- */
 

@@ -195,7 +195,8 @@ ES_LOCAL size_t es_i_session_bytes(const es_i_plan *plan);
 ES_LOCAL void es_i_state_init(const es_i_plan *plan, uint8_t *state);
 /* Runs graph g on the inputs as they stand; the caller has checked that it fits. outputs = 0 skips what feeds outputs
  * alone. */
-ES_LOCAL void es_i_graph_run(es_session *session, uint32_t g, int outputs);
+/* ns: NULL, or room for the nanoseconds of every launch. */
+ES_LOCAL void es_i_graph_run(es_session *session, uint32_t g, int outputs, uint64_t *ns);
 /* ES_E_FULL when n more steps would not fit. */
 ES_LOCAL es_status es_i_room_check(const es_session *session, uint64_t n);
 

@@ -27,7 +27,7 @@ static int64_t es_i_integer_read(const es_session *session, const es_i_io *io, u
     return narrow;
 }
 
-void es_i_graph_run(es_session *session, uint32_t g, int outputs)
+void es_i_graph_run(es_session *session, uint32_t g, int outputs, uint64_t *ns)
 {
     es_model *model = session->model;
     const es_i_plan *plan = &model->plan;
@@ -42,8 +42,11 @@ void es_i_graph_run(es_session *session, uint32_t g, int outputs)
         const es_i_launch *launch = &plan->launches[graph->first_launch + i];
         if (!outputs && (launch->flags & ES_LAUNCH_OUTPUTS_ONLY))
             continue;
+        uint64_t start = ns != NULL ? es_i_now() : 0;
         es_i_pool_launch(&model->pool, model->kernels->kernels[launch->kernel].fn, session->args + launch->first_arg,
                          (int32_t)launch->grid[0]);
+        if (ns != NULL)
+            ns[i] = es_i_now() - start;
     }
     pthread_mutex_unlock(&model->lock);
     session->position += graph->tokens;
@@ -62,7 +65,7 @@ static void es_i_chunk_run(es_session *session, uint32_t g, const int32_t *token
     const es_i_io *io = session->model->roles[g].tokens;
     for (uint32_t i = 0; i < session->model->plan.graphs[g].tokens; i++)
         es_i_integer_write(session, io, i, tokens[i]);
-    es_i_graph_run(session, g, outputs);
+    es_i_graph_run(session, g, outputs, NULL);
 }
 
 es_status es_prefill(es_session *session, const int32_t *tokens, size_t n)
@@ -92,13 +95,15 @@ es_status es_step(es_session *session, int32_t token)
     return es_prefill(session, &token, 1);
 }
 
-es_status es_run(es_session *session, uint32_t graph)
+static es_status es_i_run(es_session *session, uint32_t graph, uint64_t *ns, size_t n)
 {
     if (session == NULL)
         return ES_E_NULL;
     const es_i_plan *plan = &session->model->plan;
     if (graph >= plan->n_graphs)
         return ES_E_RANGE;
+    if (ns != NULL && n != plan->graphs[graph].n_launches)
+        return ES_E_ROOM;
     uint32_t tokens = plan->graphs[graph].tokens;
     const es_i_io *io = session->model->roles[graph].tokens;
     for (uint32_t i = 0; io != NULL && i < tokens; i++) {
@@ -108,6 +113,16 @@ es_status es_run(es_session *session, uint32_t graph)
     }
     es_status status = es_i_room_check(session, tokens);
     if (status == ES_OK)
-        es_i_graph_run(session, graph, 1);
+        es_i_graph_run(session, graph, 1, ns);
     return status;
+}
+
+es_status es_run(es_session *session, uint32_t graph)
+{
+    return es_i_run(session, graph, NULL, 0);
+}
+
+es_status es_profile(es_session *session, uint32_t graph, uint64_t *ns, size_t n)
+{
+    return ns == NULL ? ES_E_NULL : es_i_run(session, graph, ns, n);
 }
