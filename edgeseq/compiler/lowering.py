@@ -15,8 +15,8 @@ from edgeseq.spec import DTYPE_BYTES, StepSignature
 from . import generic
 from .graph import Graph, Node, Weight
 from .ir import Arg, Call, GenericRef, KernelRef, Storage, Value
-from .kernels.copy import Copy
 from .kernels._quantise import BLOCK, blocks
+from .kernels.copy import Copy
 from .kernels.quantize import Quantize
 from .pack import packed_shape
 from .rules import Claim, rules_by_op
@@ -206,14 +206,13 @@ class Lowering:
         table = rules_by_op()
         taken = self.taken
         claims = []
-        for absorbing in (True, False):
-            for node in self.graph.nodes:
-                for rule in table.get(node.op, ()) if node not in taken else ():
-                    claim = rule.match(self, node) if rule.absorbs == absorbing else None
-                    if claim is not None and not taken & set(claim.nodes):
-                        claims.append(claim)
-                        taken |= set(claim.nodes)
-                        break
+        for node in self.graph.nodes:
+            for rule in table.get(node.op, ()) if node not in taken else ():
+                claim = rule.match(self, node)
+                if claim is not None and not taken & set(claim.nodes):
+                    claims.append(claim)
+                    taken |= set(claim.nodes)
+                    break
         return claims
 
     def _wanted(self, claims: list[Claim], claimed: set[Node]) -> set[Node]:
