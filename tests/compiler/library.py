@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ class Library:
         self.kernels = KernelSet(resolve("host"))
         for ref, n_args in refs:
             self.kernels.add(ref, n_args)
-        self.kernels.write_object(folder / "kernels.o")
+        self.kernels.write_object(folder / "kernels.o", folder / "kernels.s")
+        self.assembly = (folder / "kernels.s").read_text()
         self.native = ctypes.CDLL(str(link_shared(folder / "kernels.o", folder / "kernels.so")))
 
     def call(
@@ -80,6 +82,11 @@ class Library:
             if how == "r":
                 assert h.array.tobytes() == before.tobytes(), "an input was written"
         return [h.array for h, how in zip(held, access, strict=True) if how != "r"]
+
+
+def largest_frame(assembly: str) -> int:
+    """Bytes of the largest stack frame, from what is subtracted from the stack pointer (x86-64)."""
+    return max((int(n) for n in re.findall(r"sub\w*\s+\$(\d+), %rsp", assembly)), default=0)
 
 
 def refs(params: Iterable[Any]) -> list[tuple[KernelRef, int]]:
