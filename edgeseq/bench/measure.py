@@ -45,9 +45,9 @@ def measure(
     `cases`, the engines in turn."""
     meter = EnergyMeter()
     for index, case in enumerate(cases):
+        progress("timing", index, len(cases))
         samples = [Samples() for _ in engines]
         for engine, record in zip(engines, samples, strict=True):
-            progress(f"{case.name}", index, len(cases))
             engine.place(case.n_depth)
             record.placed = engine.placed
             _warm(engine, case)
@@ -55,7 +55,7 @@ def measure(
             for engine, record in zip(engines, samples, strict=True):
                 _repeat(engine, case, record, meter, buffer, settle=len(engines) > 1)
         yield from ((case, engine, record) for engine, record in zip(engines, samples, strict=True))
-    progress("done", len(cases), len(cases))
+    progress("timing", len(cases), len(cases))
 
 
 def enough(samples: Sequence[Samples], repetitions: int | None) -> bool:
