@@ -80,9 +80,7 @@ def _describe(params: object) -> list[str]:
         value = getattr(params, f.name)
         if value is True:
             words.append(f.name.lower())
-        elif isinstance(value, bool) or value == f.default or f.name.startswith("ld") or f.name == "tile":
-            continue
-        elif isinstance(value, float):
+        elif isinstance(value, bool) or value == f.default or f.name.startswith("ld") or f.name == "tile" or isinstance(value, float):
             continue
         elif f.name == "wdtype" or f.name == "dtype":
             words.append(str(value))

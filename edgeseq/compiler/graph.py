@@ -46,6 +46,7 @@ class Weight:
         """The values, C-contiguous; bfloat16 as uint16. External data is mapped, not read."""
         if self.array is not None:
             return self.array
+        assert self.file is not None
         storage = {"bfloat16": "uint16"}.get(self.dtype, self.dtype)
         try:
             return np.memmap(self.file, dtype=storage, mode="r", offset=self.offset, shape=self.shape or (1,))
@@ -109,7 +110,9 @@ class Graph:
         offset = int(entries.get("offset", "0"))
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype({"bfloat16": "uint16"}.get(dtype, dtype)).itemsize
         if offset < 0 or offset + nbytes > path.stat().st_size:
-            raise CompileError(f"{self.label}: {t.name} needs {nbytes} bytes at {offset} of {path.name}, which ends before")
+            raise CompileError(
+                f"{self.label}: {t.name} needs {nbytes} bytes at {offset} of {path.name}, which ends before"
+            )
         return Weight(t.name, dtype, shape, path, offset, None)
 
     def _constant(self, p: onnx.NodeProto) -> Weight:
@@ -124,7 +127,9 @@ class Graph:
 
     def _dtype(self, code: int, name: str) -> str:
         if code not in DTYPES:
-            raise CompileError(f"{self.label}: {name} has type {TensorProto.DataType.Name(code)}, which is not supported")
+            raise CompileError(
+                f"{self.label}: {name} has type {TensorProto.DataType.Name(code)}, which is not supported"
+            )
         return DTYPES[code]
 
     def _types(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -7,8 +7,6 @@ from collections.abc import Hashable
 from dataclasses import replace
 from hashlib import sha256
 
-import numpy as np
-
 from edgeseq.errors import CompileError
 from edgeseq.spec import DTYPE_BYTES, StepSignature
 
@@ -39,7 +37,7 @@ class Memory:
         first = sources[0]
         origin: Hashable = (first.file, first.offset)
         if first.array is not None:  # graphs may give one name to different constants
-            origin = (first.dtype, first.shape, sha256(np.ascontiguousarray(first.array)).digest())
+            origin = (first.dtype, first.shape, sha256(first.array.tobytes()).digest())
         if (origin, layout) not in self.weights:
             nbytes = math.prod(packed_shape(layout, first.shape)) * DTYPE_BYTES[first.dtype]
             storage = Storage("weight", first.name, nbytes, layout)
@@ -118,7 +116,9 @@ class Lowering:
             x = self.rows(name)
             n = blocks(x.cols)
             q = self._scratch(f"{name}.q", "int8", (x.rows, n * BLOCK))
-            scale, offset = (self._scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32")))
+            scale, offset = (
+                self._scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32"))
+            )
             outputs = (Arg(q, "w"), Arg(scale, "w"), Arg(offset, "w"))
             if not self._quantise_at_source(x, zero, outputs):
                 self.call(KernelRef("quantize", Quantize(x.rows, x.cols, x.ld, zero)), Arg(x, "r"), *outputs)
@@ -184,7 +184,10 @@ class Lowering:
         claims = self._claim()
         for past in self._kept:
             self._values[past] = self._copied(self._values[past])
-        last = {claim.nodes[-1] if len(claim.nodes) == 1 else max(claim.nodes, key=lambda n: n.index): claim for claim in claims}
+        last = {
+            claim.nodes[-1] if len(claim.nodes) == 1 else max(claim.nodes, key=lambda n: n.index): claim
+            for claim in claims
+        }
         claimed = {n for claim in claims for n in claim.nodes}
         wanted = self._wanted(claims, claimed)
         group: list[Node] = []
@@ -194,9 +197,9 @@ class Lowering:
                 if self._depends(claim, group):
                     group = self._flush(group, wanted)
                 claim.emit()
-            elif node not in claimed and node in wanted and node.op not in VIEW_OPS:
-                group.append(node)
-            elif node not in claimed and node in wanted and not self._is_view(node, group):
+            elif (node not in claimed and node in wanted and node.op not in VIEW_OPS) or (
+                node not in claimed and node in wanted and not self._is_view(node, group)
+            ):
                 group.append(node)
         self._flush(group, wanted)
         self._settle_outputs()
@@ -251,7 +254,9 @@ class Lowering:
             origin = self.graph.producer.get(origin.inputs[0])
         if origin is not None and origin in members:
             return False  # part of the group: TVM fuses it
-        return all(self._window(o) is not None for o in node.outputs if self.graph.consumers.get(o) or o in self.graph.outputs)
+        return all(
+            self._window(o) is not None for o in node.outputs if self.graph.consumers.get(o) or o in self.graph.outputs
+        )
 
     def _window(self, name: str) -> Value | None:
         """`name` as a window of what it is a view of, or None."""

@@ -284,7 +284,5 @@ def expand(func: PrimFunc) -> PrimFunc:
         name = _marked(call)
         return _POLYNOMIALS[name](call.args[1]) if name else call
 
-    body = structural_map(
-        body, [(TvmCall, replace), (tirx.BufferStore, _bindings.flush), (tirx.Bind, _bindings.flush)]
-    )
+    body = structural_map(body, [(TvmCall, replace), (tirx.BufferStore, _bindings.flush), (tirx.Bind, _bindings.flush)])
     return func.with_body(body)

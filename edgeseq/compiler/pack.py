@@ -94,7 +94,9 @@ def _quantised(bits: int, signed: bool) -> Callable[[np.ndarray, np.ndarray], It
         u = codes.reshape(-1, ROWS, pairs, 2, 8, 4).transpose(0, 2, 3, 4, 1, 5)  # group, pair, half, k/4, row, k%4
         u = u[:, :, :, :4] | (u[:, :, :, 4:] << 4) if bits == 4 else (u ^ 0x80 if signed else u)
         s = np.ascontiguousarray(scales.reshape(-1, ROWS, pairs, 2).transpose(0, 2, 3, 1)).view(np.uint8)
-        return np.concatenate([s.reshape(-1, pairs, 64), np.ascontiguousarray(u).reshape(s.shape[0], pairs, -1)], axis=2)
+        return np.concatenate(
+            [s.reshape(-1, pairs, 64), np.ascontiguousarray(u).reshape(s.shape[0], pairs, -1)], axis=2
+        )
 
     return packer
 

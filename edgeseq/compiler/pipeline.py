@@ -25,7 +25,7 @@ import numpy as np
 
 from edgeseq.bundle.directory import new_bundle, write_facts
 from edgeseq.bundle.encode import encode
-from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanKernel, PlanLaunch, PlanTensor, align
+from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanKernel, PlanLaunch, PlanTensor, Space, align
 from edgeseq.bundle.writer import write_plan
 from edgeseq.manifest import load_manifest
 from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
@@ -42,7 +42,7 @@ from .pack import pack, packed_shape
 from .targets import Target, resolve
 
 Progress = Callable[[str, int, int], None]
-_SPACES = {"weight": "weights", "arena": "arena", "state": "state", "io": "io"}
+_SPACES: dict[str, Space] = {"weight": "weights", "arena": "arena", "state": "state", "io": "io"}
 _CARRIED = ("golden.safetensors", "tokenizer.json")
 
 

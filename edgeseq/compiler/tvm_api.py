@@ -19,7 +19,8 @@ from tvm_ffi.structural import structural_hash, structural_map
 
 __all__ = [
     "IRBuilder", "IRModule", "PointerType", "PrimFunc", "PrimType", "T", "TvmCall", "TvmTarget",
-    "get_global_func", "module_pass_sequence", "onnx_frontend", "relax", "s_tir", "structural_hash", "structural_map", "tirx", "tvm",
+    "get_global_func", "module_pass_sequence", "onnx_frontend", "relax", "s_tir", "structural_hash", "structural_map",
+    "tirx", "tvm",
 ]  # fmt: skip
 
 get_global_func = tvm.get_global_func

@@ -43,7 +43,7 @@ def simplify(model: ir.Model, label: str, known: Callable[[str, str], bool]) -> 
             if _opset(model) < OPSET:
                 raise CompileError(f"{label}: opset {_opset(model)} cannot be converted to {OPSET}", "convert it with onnx")
             _fold(model, label)
-        if decompose(model, label, known):
+        if decompose(model, label):
             _fold(model, label)
         _guard(label, "it cannot be tidied", lambda: _tidy(model))
         _drop_unread(model.graph)

@@ -11,7 +11,22 @@ from dataclasses import dataclass
 
 from ..tvm_api import T, tirx
 from . import Built
-from ._emit import LANES, Buffer, Expr, Kernel, fill, horizontal_sum, kernel, let, load, local, loop, pieces, splat, store
+from ._emit import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    fill,
+    horizontal_sum,
+    kernel,
+    let,
+    load,
+    local,
+    loop,
+    pieces,
+    splat,
+    store,
+)
 
 TILE = 64
 NEVER = -1.0e30

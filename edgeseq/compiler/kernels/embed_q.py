@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..tvm_api import T
 from . import Built
 from ._emit import LANES, kernel, let
-from .linear_q import PAIR_BYTES
 from ._quantise import BLOCK, blocks
+from .linear_q import PAIR_BYTES
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ registers while W is reused across tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +117,11 @@ def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
             for r in range(rows):
                 group = k.block * rows + r
                 at = (t * rows + r) * LANES
-                guard_tail(
-                    group, groups, p.M,
-                    lambda lanes, t=t, at=at, group=group: epilogue(k, p, acc, at, t0 + t, group * LANES, lanes),
-                )  # fmt: skip
+                guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
+
+
+def _finish(k: Kernel, p: Linear, acc: Buffer, at: int, t: int, group: Expr) -> Callable[[int], None]:
+    return lambda lanes: epilogue(k, p, acc, at, t, group * LANES, lanes)
 
 
 def guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: ignore[no-untyped-def]

@@ -2,9 +2,10 @@
 
 W[m,k] = s[m,b] (u[m,k] - zero), x[t,k] = a[t,b] q[t,k]; per block of 32 the product is exact in int32:
     y = sum_b s a (sum_k u q - zero sum_k q),   the last term comes with the activations as `offset`.
-Layout `q4x16` / `q8x16` (`s8x16`: codes as signed bytes, so that no zero point is left): for 16 rows and a pair of blocks, 2x16 fp16 scales, then the two blocks, each as
-[8][16 rows][4 k] bytes (q8) or the same with k-groups j and j+4 in the low and high nibbles (q4), so that one vector
-multiplies 16 rows by the same four activations. Every pair is a multiple of 64 bytes: 576 or 1088.
+Layout `q4x16` / `q8x16` (`s8x16`: codes as signed bytes, so that no zero point is left): for 16 rows and a pair of
+blocks, 2x16 fp16 scales, then the two blocks, each as [8][16 rows][4 k] bytes (q8) or the same with k-groups j and j+4
+in the low and high nibbles (q4), so that one vector multiplies 16 rows by the same four activations. Every pair is a
+multiple of 64 bytes: 576 or 1088.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, splat, store
-from .linear import epilogue, guard_tail
 from ._quantise import BLOCK, blocks
+from .linear import epilogue, guard_tail
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 GROUPS_OF_4 = BLOCK // 4
@@ -109,7 +110,16 @@ def _tile(k: Kernel, p: LinearQ, acc: Buffer, t0: int, tokens: int, rows: int, n
 
 
 def _products(
-    k: Kernel, p: LinearQ, ints: Buffer, bases: list[Expr], half: int, b: Expr, t0: int, tokens: int, n: int, chains: int
+    k: Kernel,
+    p: LinearQ,
+    ints: Buffer,
+    bases: list[Expr],
+    half: int,
+    b: Expr,
+    t0: int,
+    tokens: int,
+    n: int,
+    chains: int,
 ) -> None:
     """ints += W_block q_block for 8 groups of four k; nibble vectors are loaded once and used twice."""
     body = 64 + half * (256 if p.bits == 4 else 512)

@@ -32,7 +32,10 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         return None
     if scatter_k is None or scatter_v is None or {scatter_k.op, scatter_v.op} != {"TensorScatter"}:
         return None
-    if any(s.attrs.get("mode", "linear") != "linear" or s.attrs.get("axis", -2) not in (2, -2) for s in (scatter_k, scatter_v)):
+    if any(
+        s.attrs.get("mode", "linear") != "linear" or s.attrs.get("axis", -2) not in (2, -2)
+        for s in (scatter_k, scatter_v)
+    ):
         return None
     past_k, k4, position = scatter_k.inputs
     past_v, v4 = scatter_v.inputs[:2]

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from ..ir import Arg, KernelRef
+from ..kernels._quantise import BLOCK, blocks
 from ..kernels.embed_q import EmbedQ
 from ..kernels.linear_q import PAIR_BYTES
-from ..kernels._quantise import BLOCK, blocks
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -20,7 +20,12 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     graph = low.graph
     packed, tokens, scales, *more = node.inputs
     bits = int(node.attrs.get("bits", 4))
-    if bits not in (4, 8) or int(node.attrs.get("block_size", 128)) != BLOCK or any(more) or packed not in graph.weights:
+    if (
+        bits not in (4, 8)
+        or int(node.attrs.get("block_size", 128)) != BLOCK
+        or any(more)
+        or packed not in graph.weights
+    ):
         return None
     out = node.outputs[0]
     if graph.dtype(out) != "float32" or int(node.attrs.get("gather_axis", 0)) != 0:

@@ -17,7 +17,13 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     graph = low.graph
     g = node.inputs[0]
     gate = graph.sole_consumer(node.outputs[0])
-    if gate is None or gate.op != "Mul" or g not in gate.inputs or graph.dtype(g) != "float32" or len(graph.shape(g)) < 2:
+    if (
+        gate is None
+        or gate.op != "Mul"
+        or g not in gate.inputs
+        or graph.dtype(g) != "float32"
+        or len(graph.shape(g)) < 2
+    ):
         return None
     product = graph.sole_consumer(gate.outputs[0])
     if product is None or product.op != "Mul":

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..epilogue import absorb
 from ..ir import Arg, KernelRef
-from ..kernels.linear_q import LinearQ
 from ..kernels._quantise import BLOCK
+from ..kernels.linear_q import LinearQ
 from . import Claim, Rule
 
 if TYPE_CHECKING:

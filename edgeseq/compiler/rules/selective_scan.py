@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..graph import Node
     from ..lowering import Lowering
 
+
 def _match(low: Lowering, node: Node) -> Claim | None:
     u, dt, a, b, c, skip, z, dt_bias, past = node.inputs
     y, present = node.outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import Dot, Target, cpu_of, llvm_features
 
@@ -17,7 +17,7 @@ CHECKED = (
 
 
 def make(profile: Profile) -> Target:
-    llvm = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu_of(profile)}
+    llvm: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu_of(profile)}
     present = llvm_features(llvm)
     if "avx512f" in present and "prefer-256-bit" in present:
         llvm["mattr"] = ["-prefer-256-bit"]  # kernels are written for 16 floats
