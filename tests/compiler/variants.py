@@ -10,8 +10,8 @@ from edgeseq.compiler.kernels.cached_attention import CachedAttention
 from edgeseq.compiler.kernels.causal_conv import CausalConv
 from edgeseq.compiler.kernels.copy import Copy
 from edgeseq.compiler.kernels.embed import Embed
+from edgeseq.compiler.kernels.glu import Glu
 from edgeseq.compiler.kernels.linear import Linear
-from edgeseq.compiler.kernels.retention import Retention
 from edgeseq.compiler.kernels.rms_norm import RmsNorm
 from edgeseq.compiler.kernels.rotary import Rotary
 from edgeseq.compiler.kernels.selective_scan import SelectiveScan
@@ -106,28 +106,11 @@ def scans() -> list[SelectiveScan]:
     return found
 
 
-def retentions() -> list[Retention]:
+def glus() -> list[Glu]:
     size = _Sizes(6)
-    found = [
-        Retention(1, 1, 1, 1, 1, 1, 1),
-        Retention(1, 2, 32, 64, 64, 64, 128, 0.5),
-        Retention(19, 2, 8, 32, 16, 16, 64),
-    ]
-    for _ in range(9):
-        h, k, v = size.below(4), size.below(33), size.below(70)
-        found.append(
-            Retention(
-                size.below(20),
-                h,
-                k,
-                v,
-                size.apart(h * k),
-                size.apart(h * k),
-                size.apart(h * v),
-                float(size.rng.uniform(0.1, 2)),
-            )
-        )
-    return found
+    found = [Glu(1, 1, 1, 1), Glu(2, 1600, 3200, 3200), Glu(1, 31, 31, 31)]
+    widths = [size.below(200) for _ in range(4)]
+    return found + [Glu(size.below(20), m, size.apart(m), size.apart(m)) for m in widths]
 
 
 def rotaries() -> list[Rotary]:
@@ -158,4 +141,4 @@ def copies() -> list[Copy]:
     return [Copy(1, "float32"), Copy(77, "float32"), Copy(5, "int64"), Copy(19, "bool"), Copy(33, "int32")]
 
 
-EVERY = [*linears(), *norms(), *embeds(), *convs(), *scans(), *retentions(), *rotaries(), *attentions(), *copies()]
+EVERY = [*linears(), *norms(), *embeds(), *convs(), *scans(), *glus(), *rotaries(), *attentions(), *copies()]
