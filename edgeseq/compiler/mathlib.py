@@ -1,13 +1,14 @@
 """Transcendentals as polynomials in TIR, so that a vector stays a vector and no libm call is left.
 
 Each replaces the TIR intrinsic of the same name on float32 of any lane count. Worst relative error, measured in
-tests/compiler/test_mathlib.py over the stated range: exp 2.5e-7 on [-87, 88], log 2.5e-7, tanh and sigmoid 4e-7,
+tests/compiler/test_mathlib.py over the stated range: exp 2.5e-7 on [-87, 88], exp2 and log 2.5e-7, tanh and sigmoid 4e-7,
 erf 5e-7; sin and cos 1e-6 absolute for |x| < 8192. Coefficients: Moshier, Cephes single precision (public domain).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import factorial
 from typing import Any
 
 from .tvm_api import PrimFunc, T, TvmCall, structural_map, tirx, tvm
@@ -68,6 +69,10 @@ def _floor(x: Expr) -> Expr:
     return T.call_llvm_pure_intrin(_dtype(x), "llvm.floor", x)
 
 
+def _rint(x: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(_dtype(x), "llvm.rint", x)
+
+
 def _horner(x: Expr, coefficients: list[float]) -> Expr:
     acc = _splat(coefficients[0], x)
     for c in coefficients[1:]:
@@ -93,6 +98,23 @@ def exp(x: Expr) -> Expr:
         return _let(_floor(a * _splat(1.44269504, a) + _splat(0.5, a)), lambda n: reduced(a, n))
 
     return _let(x, rounded)
+
+
+def exp2(x: Expr) -> Expr:
+    """2^n 2^r with n = rint(x), |r| <= 1/2, Taylor to degree 6; x is clamped to [-126, 127.5]."""
+
+    def scaled(a: Expr, n: Expr) -> Expr:
+        ln2 = 0.6931471805599453
+        p = _horner(a - n, [ln2**i / factorial(i) for i in range(6, -1, -1)])
+        bits = (T.Cast(_typed("int32", a), n) + _splat(127, a, "int32")) << _splat(23, a, "int32")
+        return p * T.reinterpret(_typed("float32", a), bits)
+
+    def clamped(a: Expr) -> Expr:
+        low = tirx.Select(a < _splat(-126.0, a), _splat(-126.0, a), a)
+        high = tirx.Select(low > _splat(127.5, a), _splat(127.5, a), low)
+        return _let(high, lambda h: _let(_rint(h), lambda n: scaled(h, n)))
+
+    return _let(x, clamped)
 
 
 def log(x: Expr) -> Expr:
@@ -232,7 +254,7 @@ def rsqrt(x: Expr) -> Expr:
     return _splat(1.0, x) / T.call_llvm_pure_intrin(_dtype(x), "llvm.sqrt", x)
 
 
-_POLYNOMIALS = {f.__name__: f for f in (exp, log, log1p, sigmoid, tanh, erf, sin, cos, rsqrt)}
+_POLYNOMIALS = {f.__name__: f for f in (exp, exp2, log, log1p, sigmoid, tanh, erf, sin, cos, rsqrt)}
 _MARK = "edgeseq_math_"
 
 

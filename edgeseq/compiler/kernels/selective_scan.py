@@ -32,6 +32,9 @@ from ._emit import (
 from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 
+LOG2_E = 1.4426950408889634
+
+
 @dataclass(frozen=True)
 class SelectiveScan:
     """T tokens, D channels, N states; ld*: floats between tokens of each input.
@@ -122,9 +125,10 @@ def _channels(k: Kernel, p: SelectiveScan, state: Buffer, t: Expr, d: Expr, lane
     u = let(load(k["u"], t * p.ldu + d, lanes))
     dt = _step_size(k, p, t, d, lanes)
     dtu = let(dt * u)
+    exponent = let(dt * splat(LOG2_E, lanes))
     store(acc, 0, splat(0.0, lanes), lanes)
     for n in range(p.N):
-        decay = T.exp(dt * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
+        decay = T.exp2(exponent * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
         s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
         store(state, n * LANES, s, lanes)
         s = load(state, n * LANES, lanes)
