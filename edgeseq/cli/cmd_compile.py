@@ -1,4 +1,4 @@
-"""`edgeseq compile`: an export becomes a bundle for one target."""
+"""`edgeseq compile`: an export, or somebody else's ONNX file, becomes a bundle for one target."""
 
 from __future__ import annotations
 
@@ -6,25 +6,66 @@ from pathlib import Path
 
 import click
 
+from edgeseq.cli.params import Named
+
 
 @click.command("compile")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("source", metavar="DIR|MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="NAME", help="host, a device profile, or a target file.")
 @click.option("-o", "--out", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("--state", "states", metavar="IN:OUT,…", multiple=True, help="What leaves as OUT comes back as IN.")
+@click.option("--shape", "shapes", metavar="NAME=N,N,…", type=Named(), multiple=True, help="Shape of an input.")
+@click.option("--dim", "dims", metavar="NAME=N", type=Named(), multiple=True, help="Size of a symbolic dimension.")
+@click.option("--value", "values", metavar="NAME=V", type=Named(), multiple=True, help="An input that never changes.")
 @click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="Write the IR after each phase here.")
-def command(directory: Path, target: str, out: Path, dump: Path | None) -> None:
+def command(
+    source: Path,
+    target: str,
+    out: Path,
+    states: tuple[str, ...],
+    shapes: tuple[tuple[str, str], ...],
+    dims: tuple[tuple[str, str], ...],
+    values: tuple[tuple[str, str], ...],
+    dump: Path | None,
+) -> None:
     """Compile an export for a target.
 
-    `edgeseq list targets` names the targets; a path to a device profile of your own works too.
+    `edgeseq list targets` names the targets; a path to a device profile of your own works too. Of somebody else's ONNX
+    file, --state says which outputs come back as inputs at the next step, and --shape, --dim and --value give the
+    static shapes and constants that the file leaves open.
     """
     from devices.profile import load_profile
     from edgeseq.cli.progress import progress
+    from edgeseq.errors import UsageError
     from edgeseq.manifest import load_manifest
 
-    load_manifest(directory)  # refuse wrong names before TVM takes its seconds to load
+    is_file = source.is_file()
+    given = {"--state": states, "--shape": shapes, "--dim": dims, "--value": values}
+    for option, value in given.items():
+        if value and not is_file:
+            raise UsageError(f"{option} is for ONNX files, {source} is not a file", "leave it out for an export")
+    if not is_file:
+        load_manifest(source)  # refuse wrong names before TVM takes its seconds to load
     load_profile(target)
-    from edgeseq.compiler import compile_export
+    from edgeseq.compiler import ImportOptions, compile_export, compile_onnx
 
     with progress() as show:
-        path = compile_export(directory, target, out, progress=show, dump=dump)
+        if is_file:
+            options = ImportOptions(states, _lists(shapes), {n: _size(n, v) for n, v in dims}, dict(values))
+            path = compile_onnx(source, target, out, options, progress=show, dump=dump)
+        else:
+            path = compile_export(source, target, out, progress=show, dump=dump)
     click.echo(str(path))
+
+
+def _lists(pairs: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(_size(name, part) for part in text.split(",") if text) for name, text in pairs}
+
+
+def _size(name: str, text: str) -> int:
+    from edgeseq.errors import UsageError
+
+    text = text.strip()
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 1 << 31):
+        raise UsageError(f"{text!r} is not a size for {name!r}", "sizes are whole numbers from 1")
+    return int(text)

@@ -30,3 +30,19 @@ class Ints(click.ParamType):
         if not self.low <= number < 1 << 31:
             self.fail(f"{text} is not in the range {self.low} to {(1 << 31) - 1}.", param, ctx)
         return number
+
+
+class Named(click.ParamType):
+    """NAME=TEXT, as the pair. The name may itself hold '='; the text may not."""
+
+    name = "NAME=…"
+
+    def convert(
+        self, value: str | tuple[str, str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.rpartition("=")
+        if not name or not equals:
+            self.fail(f"{value!r} is not NAME=VALUE.", param, ctx)
+        return name, text

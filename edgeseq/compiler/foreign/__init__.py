@@ -73,7 +73,9 @@ def import_onnx(path: Path, options: ImportOptions) -> Imported:
     defaults = take_defaults(model.graph, [i for i, _ in pairs])
     constants = bind_values(model.graph, options)
     forget_shapes(model.graph, dict(options.dims))
-    simplify(model, path.name, lambda domain, op: (op if domain in ("", "ai.onnx") else f"{domain}.{op}") in rules_by_op())
+    simplify(
+        model, path.name, lambda domain, op: (op if domain in ("", "ai.onnx") else f"{domain}.{op}") in rules_by_op()
+    )
     require_static(model.graph, path.name)
     slots, names = name_state(model, pairs, defaults, path.name)
     signature = StepSignature(
@@ -83,7 +85,11 @@ def import_onnx(path: Path, options: ImportOptions) -> Imported:
         slots,
     )
     digests.update(json.dumps([[asdict(s) for s in slots], sorted(options.values.items())], sort_keys=True).encode())
-    config = {"opset": opset, "state": {slot: list(pair) for slot, pair in names.items()}, "values": dict(options.values)}
+    config = {
+        "opset": opset,
+        "state": {slot: list(pair) for slot, pair in names.items()},
+        "values": dict(options.values),
+    }
     manifest = _manifest(path, model, signature, digests.hexdigest()[:32], config)
     return Imported(manifest, ir.to_proto(model), path.parent, names, defaults, constants)
 
@@ -116,4 +122,3 @@ def _manifest(path: Path, model: ir.Model, signature: StepSignature, model_id: s
         graphs=(GraphFile("step.onnx", signature),),
         config=config,
     )
-

@@ -33,10 +33,13 @@ class Build:
         self._made = 0
 
     def name(self) -> str:
-        """A fresh name; NameFixPass settles what may still clash."""
-        self._made += 1
+        """A name that no initializer has; NameFixPass settles what may still clash between nodes."""
         base = self.node.outputs[0].name or self.node.op_type
-        return f"{base}.{self._made}"
+        while True:
+            self._made += 1
+            name = f"{base}.{self._made}"
+            if name not in self.graph.initializers:
+                return name
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Append a node of one output."""
@@ -57,7 +60,9 @@ class Build:
         key = (str(array.dtype), array.tobytes(), array.shape)
         if array.size > 64 or key not in self._constants:
             tensor = ir.tensor(array, name=self.name())
-            value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+            value = ir.Value(
+                name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+            )
             self.graph.register_initializer(value)
             if array.size > 64:
                 return value
@@ -83,7 +88,7 @@ class Build:
         """Put the collected nodes in the place of the node, `results` in the place of its outputs."""
         old = list(self.node.outputs)
         pairs = [(o, r) for o, r in zip(old, results, strict=True)]
-        fixed = []
+        fixed: list[ir.Value] = []
         for o, r in pairs:
             inner = any(r is v for n in self.nodes for v in n.outputs)
             if o.is_graph_output() and (not inner or any(r is f for f in fixed)):

@@ -35,13 +35,12 @@ def _body(node: ir.Node, name: str) -> ir.Graph:
 def _splice(build: Build, body: ir.Graph, arguments: list[ir.Value]) -> list[ir.Value]:
     """A copy of `body` with its inputs bound; returns its outputs."""
     copy = body.clone(allow_outer_scope_values=True)
-    for value in list(copy.initializers.values()):
-        build.adopt_initializer(copy, value)
     for formal, actual in zip(copy.inputs, arguments, strict=True):
         formal.replace_all_uses_with(actual, replace_graph_outputs=True)
-    outputs = list(copy.outputs)
-    nodes = list(copy)
+    outputs, nodes = list(copy.outputs), list(copy)
     copy.outputs.clear()
+    for value in list(copy.initializers.values()):
+        build.adopt_initializer(copy, value)
     copy.remove(nodes)
     build.take(nodes)
     return outputs
@@ -70,7 +69,9 @@ def _scan(node: ir.Node, build: Build, label: str) -> list[ir.Value]:
     for value, axis in zip(scanned, axes):
         shape = static_shape(value)
         if shape is None:
-            raise CompileError(f"{label}: a Scan runs over {value.name}, whose shape is not static", "give more --shape")
+            raise CompileError(
+                f"{label}: a Scan runs over {value.name}, whose shape is not static", "give more --shape"
+            )
         lengths.append(shape[axis])
     if len(set(lengths)) != 1:
         raise CompileError(f"{label}: a Scan runs over axes of the lengths {', '.join(map(str, lengths))}")

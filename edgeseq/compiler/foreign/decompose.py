@@ -45,7 +45,9 @@ def _gather(node: ir.Node, build: Build, label: str) -> list[ir.Value] | None:
     if index.ndim == 1:
         return [window]
     picked = build.op("Squeeze", window, build.const([axis]))
-    return [picked if index.ndim == 0 else build.op("Unsqueeze", picked, build.const([axis + i for i in range(index.ndim)]))]
+    return [
+        picked if index.ndim == 0 else build.op("Unsqueeze", picked, build.const([axis + i for i in range(index.ndim)]))
+    ]
 
 
 def _lp_normalization(node: ir.Node, build: Build, label: str) -> list[ir.Value] | None:

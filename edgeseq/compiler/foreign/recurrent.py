@@ -108,7 +108,11 @@ class _Layer:
     def initial(self, index: int, d: int) -> ir.Value:
         """H0 or C0 [B,H]."""
         value = self.of_direction(index, d)
-        return value if value is not None else self.build.const(np.zeros((self.B, self.H), self.numpy_dtype), self.numpy_dtype)
+        return (
+            value
+            if value is not None
+            else self.build.const(np.zeros((self.B, self.H), self.numpy_dtype), self.numpy_dtype)
+        )
 
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         """x [..,K] weight [M,K] -> [..,M]"""
@@ -125,7 +129,10 @@ class _Layer:
         zero = self.build.const([0])
         if self.T == 1:
             return [self.build.op("Squeeze", x, zero)]
-        return [self.build.op("Squeeze", part, zero) for part in self.build.ops("Split", self.T, x, axis=0, num_outputs=self.T)]
+        return [
+            self.build.op("Squeeze", part, zero)
+            for part in self.build.ops("Split", self.T, x, axis=0, num_outputs=self.T)
+        ]
 
     def clipped(self, x: ir.Value) -> ir.Value:
         bound = self._attribute("clip", None)
@@ -135,7 +142,8 @@ class _Layer:
         return self.build.op("Clip", x, *limits)
 
     def activations(self, d: int, defaults: tuple[str, ...]) -> list[Activation]:
-        """The gate functions of direction `d`, each after clipping."""
+        """The gate functions of direction `d`. They clip their input, but for LSTM's last, which sees the new cell:
+        onnxruntime leaves that alone."""
         names = list(self._attribute("activations", None) or defaults * self.directions)
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in names]
         alphas, betas = (list(self._attribute(f"activation_{k}", None) or []) for k in ("alpha", "beta"))
@@ -145,11 +153,12 @@ class _Layer:
         for at, name in enumerate(names):
             a, b = _take(name, alphas, 0), _take(name, betas, 1)
             if at // len(defaults) == d:
-                made.append(self._activation(name, a, b))
+                made.append(self._activation(name, a, b, clip=at % len(defaults) < 2))
         return made
 
-    def _activation(self, name: str, alpha: float, beta: float) -> Activation:
+    def _activation(self, name: str, alpha: float, beta: float, clip: bool) -> Activation:
         b = self.build
+        clipped = self.clipped if clip else lambda x: x
         lower = name.lower()
 
         def number(value: float) -> ir.Value:
@@ -157,16 +166,16 @@ class _Layer:
 
         plain = {"sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu", "softsign": "Softsign", "softplus": "Softplus"}
         if lower in plain:
-            return lambda x: b.op(plain[lower], self.clipped(x))
+            return lambda x: b.op(plain[lower], clipped(x))
         with_alpha = {"leakyrelu": "LeakyRelu", "elu": "Elu", "thresholdedrelu": "ThresholdedRelu"}
         if lower in with_alpha:
-            return lambda x: b.op(with_alpha[lower], self.clipped(x), alpha=alpha)
+            return lambda x: b.op(with_alpha[lower], clipped(x), alpha=alpha)
         if lower == "hardsigmoid":
-            return lambda x: b.op("HardSigmoid", self.clipped(x), alpha=alpha, beta=beta)
+            return lambda x: b.op("HardSigmoid", clipped(x), alpha=alpha, beta=beta)
         if lower == "affine":
-            return lambda x: b.op("Add", b.op("Mul", self.clipped(x), number(alpha)), number(beta))
+            return lambda x: b.op("Add", b.op("Mul", clipped(x), number(alpha)), number(beta))
         if lower == "scaledtanh":
-            return lambda x: b.op("Mul", b.op("Tanh", b.op("Mul", self.clipped(x), number(beta))), number(alpha))
+            return lambda x: b.op("Mul", b.op("Tanh", b.op("Mul", clipped(x), number(beta))), number(alpha))
         raise self.refuse(f"its activation {name} is unknown")
 
     def results(self, rows: list[list[ir.Value]], *lasts: list[ir.Value]) -> list[ir.Value]:
@@ -241,7 +250,10 @@ def lstm(node: ir.Node, build: Build, label: str) -> list[ir.Value]:
 
 
 def gru(node: ir.Node, build: Build, label: str) -> list[ir.Value]:
-    """z, r = sigmoid(W x + R h + b);  n = tanh(W x + r (R h + b) + b') or tanh(W x + R (r h) + ..);  h' = (1-z) n + z h"""
+    """z, r = sigmoid(W x + R h + b);  h' = (1 - z) n + z h
+
+    n = tanh(W x + b + r (R h + b')) when the reset gate works after the product, else tanh(W x + b + R (r h) + b').
+    """
     layer = _Layer(node, build, label, 3)
     reset_after = bool(layer._attribute("linear_before_reset", 0))
     rows: list[list[ir.Value]] = []

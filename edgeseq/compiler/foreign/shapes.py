@@ -34,7 +34,9 @@ def bind_shapes(graph: ir.Graph, options: ImportOptions) -> None:
     symbols = {d.value for v in graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
     for name in options.shapes:
         if name not in by_name:
-            raise UsageError(f"--shape names the input {name!r}, which the file does not have", known_inputs([*by_name]))
+            raise UsageError(
+                f"--shape names the input {name!r}, which the file does not have", known_inputs([*by_name])
+            )
     for name in options.dims:
         if name not in symbols:
             known = f"it has {', '.join(sorted(map(str, symbols)))}" if symbols else "all of its dimensions are static"
@@ -57,7 +59,9 @@ def _static(name: str, value: ir.Value, options: ImportOptions) -> tuple[int, ..
         size = dim if isinstance(dim, int) else options.dims.get(str(dim.value)) if dim.value else None
         if given is not None:
             if size is not None and size != given[axis]:
-                raise UsageError(f"--shape gives axis {axis} of {name!r} the size {given[axis]}, elsewhere it is {size}")
+                raise UsageError(
+                    f"--shape gives axis {axis} of {name!r} the size {given[axis]}, elsewhere it is {size}"
+                )
             size = given[axis]
         if size is None:
             symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
@@ -82,7 +86,9 @@ def bind_values(graph: ir.Graph, options: ImportOptions) -> dict[str, np.ndarray
     by_name = {str(v.name): v for v in graph.inputs}
     for name, text in options.values.items():
         if name not in by_name:
-            raise UsageError(f"--value names the input {name!r}, which the file does not have", known_inputs([*by_name]))
+            raise UsageError(
+                f"--value names the input {name!r}, which the file does not have", known_inputs([*by_name])
+            )
         value = by_name[name]
         made[name] = _parse(name, text, value)
         value.const_value = ir.tensor(made[name], name=name)
@@ -140,7 +146,7 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
     """The shape when every dimension is known."""
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
         return None
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+    return tuple(int(d) for d in value.shape)
 
 
 def require_static(graph: ir.Graph, label: str) -> None:
@@ -155,7 +161,9 @@ def require_static(graph: ir.Graph, label: str) -> None:
                     "give more of --shape, --dim and --value; a shape that depends on computed values cannot compile",
                 )
             if dtype_name(value.dtype) not in DTYPE_BYTES:
-                raise CompileError(f"{label}: {value.name} ({node.op_type}) is {dtype_name(value.dtype)}, which is not supported")
+                raise CompileError(
+                    f"{label}: {value.name} ({node.op_type}) is {dtype_name(value.dtype)}, which is not supported"
+                )
     for value in (*graph.inputs, *graph.outputs):
         shape = static_shape(value)
         if shape is None:

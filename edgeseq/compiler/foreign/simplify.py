@@ -41,7 +41,9 @@ def simplify(model: ir.Model, label: str, known: Callable[[str, str], bool]) -> 
             convert = lambda: convert_version(model, OPSET, fallback=True)  # noqa: E731
             _guard(label, f"opset {_opset(model)} cannot be converted to {OPSET}", convert)
             if _opset(model) < OPSET:
-                raise CompileError(f"{label}: opset {_opset(model)} cannot be converted to {OPSET}", "convert it with onnx")
+                raise CompileError(
+                    f"{label}: opset {_opset(model)} cannot be converted to {OPSET}", "convert it with onnx"
+                )
             _fold(model, label)
         if decompose(model, label):
             _fold(model, label)
