@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 def _families() -> list[Row]:
     from edgeseq.models import families
+    from edgeseq.models.source import zoo_of
 
     return [
         {
@@ -21,7 +22,7 @@ def _families() -> list[Row]:
             "state_bytes": family.state_formula,
             "ops": list(family.ops),
             "loads": list(family.checkpoint.model_types) if family.checkpoint else [],
-            "zoo": [f"tiny-{family.name}", *family.zoo],
+            "zoo": list(zoo_of(family)),
         }
         for family in families().values()
     ]
@@ -29,10 +30,11 @@ def _families() -> list[Row]:
 
 def _zoo() -> list[Row]:
     from edgeseq.models import families
+    from edgeseq.models.source import zoo_of
 
     rows = []
     for family in families().values():
-        for name, config in {f"tiny-{family.name}": family.tiny, **family.zoo}.items():
+        for name, config in zoo_of(family).items():
             weights = "trained" if config is family.tiny else "random, seeded"
             params = family.param_count(config)
             rows.append({"name": f"zoo:{name}", "family": family.name, "params": params, "weights": weights})

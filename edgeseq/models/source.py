@@ -24,7 +24,7 @@ from edgeseq.models.base import Array, Family, SequenceModel
 from edgeseq.models.checkpoint import TensorFiles, open_directory
 from edgeseq.models.factory import make_module
 from edgeseq.models.pth import SUFFIXES, open_pth
-from edgeseq.models.twin import twin
+from edgeseq.models.twin import WITHIN, twin
 
 ZOO_WEIGHTS = Path(__file__).parent / "zoo_weights"
 Device = Literal["cpu", "meta"]
@@ -183,9 +183,15 @@ def random_source(
     return FamilySource(name, record, config, tokenizer, read)
 
 
+def zoo_of(record: Family) -> dict[str, Any]:
+    """Zoo name -> config of one family: its trained tiny model where the weights are shipped, and its public shapes."""
+    trained = {f"tiny-{record.name}": record.tiny} if _tiny_path(record).is_file() else {}
+    return trained | dict(record.zoo)
+
+
 def zoo_names() -> tuple[str, ...]:
     """Every name that `zoo:` takes, twins aside."""
-    return tuple(n for f in families().values() for n in (f"tiny-{f.name}", *f.zoo))
+    return tuple(name for record in families().values() for name in zoo_of(record))
 
 
 def _open_zoo(name: str) -> FamilySource:
@@ -199,8 +205,12 @@ def _open_zoo(name: str) -> FamilySource:
     raise UsageError(f"The zoo has no {name!r}", f"it has {', '.join(zoo_names())}, and NAME-twin of each")
 
 
+def _tiny_path(record: Family) -> Path:
+    return ZOO_WEIGHTS / f"tiny-{record.name}.safetensors"
+
+
 def _tiny(record: Family) -> FamilySource:
-    path = ZOO_WEIGHTS / f"tiny-{record.name}.safetensors"
+    path = _tiny_path(record)
     if not path.is_file():
         raise SourceError(f"{path} is missing", f"train it with 'python -m edgeseq.models.train {record.name}'")
     files = TensorFiles.single(path)
@@ -213,11 +223,17 @@ def _tiny(record: Family) -> FamilySource:
 
 
 def twin_of(source: Source) -> FamilySource:
-    """The matched KV-cached attention model: the trained one for a trained tiny model, else seeded random weights."""
+    """The matched KV-cached attention model.
+
+    A trained tiny model has the trained tiny transformer as its twin, if that is as large within 2 %; every other
+    source has seeded random weights of the size that `twin` finds.
+    """
     transformer = family("transformer")
     if source.config is None:
         raise SourceError(f"{source.name} has no config, so its twin's size is unknown")
     config = twin(source.config)
     if source.name.startswith("zoo:tiny-"):
-        return _tiny(transformer)
+        trained = _tiny(transformer)
+        if abs(trained.param_count() / source.param_count() - 1.0) <= WITHIN:
+            return trained
     return random_source(f"{source.name}-twin", transformer, config, source.tokenizer)

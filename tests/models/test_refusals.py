@@ -91,8 +91,8 @@ def test_the_untouched_llama_opens(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("model_type", "mamba2", ["mamba2", "mamba, llama"]),
-        ("model_type", ["mamba"], ["['mamba']", "mamba, llama"]),
+        ("model_type", "t5", ["'t5'", "mamba", "llama"]),
+        ("model_type", ["mamba"], ["['mamba']", "that can be loaded are", "llama"]),
         ("hidden_act", "gelu", ["hidden_act", "'gelu'", "'silu'"]),
         ("hidden_size", None, ["lacks hidden_size"]),
         ("hidden_size", -6, ["hidden_size", "-6"]),
@@ -156,7 +156,7 @@ def test_llama_config(llama: Path, field: str, value: Any, words: list[str]) -> 
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2"}}, ["ssm_cfg.layer", "'Mamba2'"]),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, ["ssm_cfg.layer", "'Mamba3'"]),
         ({"rms_norm": False}, ["rms_norm", "False"]),
         ({"attn_layer_idx": [3]}, ["attn_layer_idx"]),
         ({"d_intermediate": 64}, ["d_intermediate", "64"]),
