@@ -8,7 +8,7 @@ again: a flat dict of names to plain dense tensors that lie whole in the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class PthFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors = {name: tensor.squeeze() for name, tensor in _load(path).items()}
+        self.tensors = {name: tensor.detach().squeeze() for name, tensor in _load(path).items()}
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -50,29 +50,42 @@ class PthFile:
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise SourceError(f"{path} is not the zip that torch.save writes", "save it again with torch 1.6 or later")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-        unsafe = re.search(r"(Unsupported (?:global|class|operand)[^.]*|Can only [^.]*|GLOBAL [^.]*)", reason)
-        what = (unsafe.group(1) if unsafe else reason)[:120]
-        raise SourceError(f"{path} is not a file of plain tensors: {what}", HINT) from None
-    if not isinstance(found, dict) or not found or len(found) > MOST_TENSORS:
-        raise SourceError(f"{path} holds {type(found).__name__} where names and tensors are expected", HINT)
+        raise SourceError(f"{path} is not a file of plain tensors: {_reason(error)}", HINT) from None
+    if not isinstance(found, dict) or not 0 < len(found) <= MOST_TENSORS:
+        size = f" of {len(found)}" if isinstance(found, Sized) else ""
+        raise SourceError(f"{path} holds a {type(found).__name__}{size} where tensors by name are expected", HINT)
     for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise SourceError(f"{path}: {name!r:.80} is {type(tensor).__name__}, not a tensor", HINT)
+        if not isinstance(name, str):
+            raise SourceError(f"{path} has the key {name!r:.80}, which is not a name", HINT)
+        if not isinstance(tensor, torch.Tensor):
+            raise SourceError(f"{path}: {name!r:.80} is a {type(tensor).__name__}, not a tensor", HINT)
         _check(path, name, tensor)
     return found
+
+
+def _reason(error: Exception) -> str:
+    """The part of torch's message that says what the file holds; the rest of it offers to trust the file."""
+    said = str(error)
+    asked = re.search(r"GLOBAL ([\w.]+)", said)
+    if asked:
+        return f"it asks for {asked[1]:.80}, which could run code"
+    if "PytorchStreamReader" in said:
+        return "its zip is not whole"
+    return re.sub(r"\s+", " ", said).strip()[:120] or type(error).__name__
 
 
 def _check(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Refuse what does not lie in the file as a plain array; a stride of 0 makes terabytes of a few bytes."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
+        kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
         kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise SourceError(
-            f"{path}: {name!r:.80} is a {tensor.layout} {tensor.dtype} tensor, but only dense {kinds} are read"
-        )
+        raise SourceError(f"{path}: {name!r:.80} is a {kind} tensor, but only dense {kinds} are read")
     size = tensor.numel() * tensor.element_size()
     if not tensor.is_contiguous() or size > path.stat().st_size or size == 0:
         raise SourceError(
@@ -147,8 +160,12 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        numbers = [name.split(".")[1] for name in self.shapes if name.startswith("blocks.")]
-        return 1 + max((int(n) for n in numbers if re.fullmatch(r"\d{1,4}", n)), default=0)
+        """Numbered blocks, which must be there from 0 without a gap."""
+        found = {int(m[1]) for m in map(re.compile(r"blocks\.(\d{1,9})\.").match, self.shapes) if m}
+        gap = next(i for i in range(len(found) + 1) if i not in found)
+        if gap < len(found):
+            raise SourceError(f"The file has tensors of blocks.{max(found)}, but none of blocks.{gap}")
+        return gap
 
 
 def norm(ours: str, theirs: str, width: int) -> dict[str, StoredTensor]:
