@@ -28,6 +28,7 @@ from edgeseq.models.base import Array, SequenceModel, last_logits, normal
 from edgeseq.spec import StateSlot
 
 GROUP_EPS = 64e-5  # of the norm over each head's output in versions 5 to 7: 1e-5 times (64/8)^2, whatever N is
+LAST_EPS = 1e-5  # of the last norm, whatever eps the config gives the others
 CHUNK = 16  # tokens of a block of the parallel form: 16 x 16 x d exponentials a block
 
 
@@ -195,7 +196,7 @@ class Rwkv(SequenceModel):
         return layer_norm(self.embed(tokens), self.embed_norm, self.embed_norm_bias, self.config.eps)
 
     def last_norm(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.norm, self.norm_bias, self.config.eps)
+        return layer_norm(x, self.norm, self.norm_bias, LAST_EPS)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, first = self.embedded(tokens), None
