@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeseq.compiler.kernels.linear_attention import TOKENS, LinearAttention
+from edgeseq.compiler.kernels._emit import LANES
+from edgeseq.compiler.kernels.linear_attention import TOKENS, LinearAttention, build
 from edgeseq.ops.dplr_scan import dplr_scan
 from edgeseq.ops.standard import linear_attention
 from edgeseq.verify.tolerances import tolerance
@@ -109,3 +112,40 @@ def test_kernel_equals_its_definition(library: Library, p: LinearAttention, seed
     present, out = library.call(ref(p), arrays, "r" * (len(arrays) - 2) + "mw", shifts, seed)
     assert np.abs(out - o[0]).max() <= tolerance("runtime", "float32", o)
     assert np.abs(present - state[0]).max() <= tolerance("runtime", "float32", state)
+
+
+def accesses(p: LinearAttention, name: str) -> tuple[int, int]:
+    """Floats of argument `name` that one block loads and stores, counted in the kernel's own text."""
+    text = build("kernel", p).func.script().splitlines()
+    buffer = next(line.split("=")[0].strip() for line in text if line.rstrip().endswith(f"data={name})"))
+    used = re.compile(rf"\b{buffer}\[")
+    loops, loads, stores = [(0, 1)], 0, 0
+    for line in text:
+        indent = len(line) - len(line.lstrip())
+        while loops[-1][0] >= indent > 0:
+            loops.pop()
+        times = math.prod(n for _, n in loops)
+        if found := re.match(r"\s*for \w+ in range\((\d+)\):", line):
+            loops.append((indent, int(found[1])))
+        elif used.search(line):
+            assert " = " in line
+            target, _, source = line.partition(" = ")
+            stores += times * LANES * bool(used.search(target))
+            loads += times * LANES * len(used.findall(source))
+    return loads, stores
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, 64])
+@pytest.mark.parametrize(("decay", "erase"), KINDS)
+def test_the_state_is_read_once_and_written_once(tokens: int, decay: str, erase: str) -> None:
+    """For each pass over the strip: one token, one tile of tokens, or any number of tokens where scratch holds it."""
+    key, value, heads = 24, 64, 2
+    p = LinearAttention(
+        tokens, heads, key, value, heads, heads, 48, 48, 128, decay, erase,
+        48 if decay == "key" else heads, 48 if erase == "free" else heads, 48,
+    )  # fmt: skip
+    blocks = value // (p.strip * LANES)
+    passes = 1 if erase != "none" else -(-tokens // TOKENS)
+    assert accesses(p, "past") == (passes * key * value // blocks, passes * key * value // blocks)
+    if tokens == 1:
+        assert accesses(p, "o") == (0, value // blocks)
