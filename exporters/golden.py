@@ -126,5 +126,6 @@ def _steps(model: nn.Module, signature: StepSignature, length: int) -> dict[str,
         outputs, state = results[: len(signature.outputs)], list(results[len(signature.outputs) :])
         for kind, specs, values in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
             for spec, value in zip(specs, values, strict=True):
-                recorded.setdefault(f"{kind}.{spec.name}", []).append(value.numpy()[0])
+                row = value.numpy()
+                recorded.setdefault(f"{kind}.{spec.name}", []).append(row[0] if spec.shape[:1] == (1,) else row)
     return {name: np.stack(arrays) for name, arrays in recorded.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from devices.profile import Profile
 from devices.transports import Transport, open_transport
-from edgeseq.errors import DeviceError, UsageError
+from edgeseq.errors import DeviceError
 from edgeseq.spec import Manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Array, Stage, compare
@@ -33,9 +33,7 @@ def pool_options(profile: Profile, threads: int | None) -> list[str]:
 def device_stages(bundle: Path, profile: Profile, threads: int | None = None) -> list[Stage]:
     """Checksum, steps, random cuts, state saved in one process and resumed in another, greedy tokens: all there."""
     manifest = bundle_manifest(bundle)
-    golden = load_golden(bundle, manifest.step.signature)
-    if golden.tokens is None or golden.logits is None:
-        raise UsageError("the device driver feeds tokens, this model has named inputs", "use the C API on the device")
+    golden = load_golden(bundle, manifest.step.signature, manifest.family)
     with open_transport(profile) as transport:
         return _Driver(transport, bundle, manifest, pool_options(profile, threads)).stages(golden)
 
@@ -44,12 +42,14 @@ class _Driver:
     def __init__(self, transport: Transport, bundle: Path, manifest: Manifest, options: list[str]) -> None:
         self.transport, self.options = transport, ["--poison", *options]
         self.name = transport.profile.name
-        self.vocabulary = manifest.step.signature.outputs[0].shape[-1]
+        self.signature = manifest.step.signature
+        self.vocabulary = self.signature.outputs[0].shape[-1]
         self.model_id = manifest.model_id
         self.handle = transport.push(bundle)
 
     def stages(self, golden: Golden) -> list[Stage]:
-        assert golden.tokens is not None and golden.logits is not None
+        if golden.tokens is None or golden.logits is None:
+            return self.named_stages(golden)
         tokens: list[int] = golden.tokens.tolist()
         bound = tolerance("runtime", "float32", golden.logits)
         about = self.info()
@@ -59,7 +59,7 @@ class _Driver:
         pieces = self.logits(tokens, cuts)
         found = str(about["model_id"])
         return [
-            Stage(f"{self.name} model", "the bundle here", None, None, "", found == self.model_id, found),
+            self.same_model(found),
             self.checksum(),
             compare(f"{self.name} step", WHOLE, rows, golden.logits, bound),
             compare(f"{self.name} prefill", WHOLE, pieces, golden.logits[ends], bound, ends),
@@ -67,6 +67,46 @@ class _Driver:
             self.resumed(tokens, rows),
             same_choices(f"{self.name} greedy tokens", WHOLE, rows, golden.logits),
         ]
+
+    def same_model(self, found: str) -> Stage:
+        return Stage(f"{self.name} model", "the bundle here", None, None, "", found == self.model_id, found)
+
+    def named_stages(self, golden: Golden) -> list[Stage]:
+        """Every step, then the same with the state saved by one process and resumed by another."""
+        n = len(next(iter(golden.inputs.values())))
+        state = self.transport.scratch("state")
+        straight = self.frames(golden, 0, n)
+        first = self.frames(golden, 0, n // 2, "--save-state", state)
+        second = self.frames(golden, n // 2, n, "--load-state", state)
+        stages = [self.same_model(str(self.info()["model_id"])), self.checksum()]
+        for name, wanted in golden.outputs.items():
+            bound, axes = tolerance("runtime", "float32", wanted), ("step", f"{name} element")
+            against = f"{golden.said_by} step"
+            stages.append(compare(f"{self.name} step", against, straight[name], wanted, bound, axes=axes))
+            moved = np.concatenate([first[name], second[name]])
+            stages.append(
+                compare(f"{self.name} state resumed", "the undisturbed stream", moved, straight[name], 0.0, axes=axes)
+            )
+        return stages
+
+    def frames(self, golden: Golden, begin: int, end: int, *more: str) -> dict[str, Array]:
+        """Outputs [n,...] of the golden's steps begin <= i < end."""
+        source, out = self.transport.scratch("frames.in"), self.transport.scratch("frames.out")
+        specs = [spec for spec in self.signature.inputs if spec.role == "data"]
+        data = [golden.inputs[spec.name][i].tobytes() for i in range(begin, end) for spec in specs]
+        self.transport.write(source, b"".join(data))
+        self.transport.driver(self.handle, "frames", "--in", source, "--out", out, *self.options, *more)
+        made = self.transport.read(out)
+        step = sum(spec.nbytes for spec in self.signature.outputs)
+        if len(made) != step * (end - begin):
+            raise DeviceError(f"the driver on {self.name} wrote {len(made)} bytes, not {end - begin} x {step}")
+        rows = np.frombuffer(made, np.uint8).reshape(end - begin, step)
+        found, at = {}, 0
+        for spec in self.signature.outputs:
+            raw = np.ascontiguousarray(rows[:, at : at + spec.nbytes])
+            found[spec.name] = raw.view(golden.outputs[spec.name].dtype).reshape(end - begin, *spec.shape)
+            at += spec.nbytes
+        return found
 
     def info(self) -> dict[str, Any]:
         """What the driver says about its model: model_id, graph_tokens, context."""

@@ -17,16 +17,21 @@ HINT = "export the model again"
 
 @dataclass(frozen=True)
 class Golden:
-    """Token models: tokens int64 [n], logits float32 [n,V]. Other step models: inputs and outputs [n,...] by name."""
+    """Token models: tokens int64 [n], logits float32 [n,V]. Other step models: inputs and outputs [n, *shape] by name.
+
+    said_by: who made them.
+    """
 
     tokens: Array | None
     logits: Array | None
     inputs: dict[str, Array]
     outputs: dict[str, Array]
+    said_by: str = "PyTorch"
 
 
-def load_golden(directory: Path, signature: StepSignature) -> Golden:
-    """Read and check the golden of a model whose step has `signature`.
+def load_golden(directory: Path, signature: StepSignature, family: str = "") -> Golden:
+    """Read and check the golden of a model whose step has `signature`. Of a file imported by us (family "onnx"),
+    onnxruntime said what is in it.
 
     UsageError if there is none, BundleError for one that is malformed or does not belong to the signature.
     """
@@ -34,19 +39,23 @@ def load_golden(directory: Path, signature: StepSignature) -> Golden:
     if not path.is_file():
         raise UsageError(f"{directory} has no {FILE}, so there is nothing to compare with", HINT)
     tensors = _read(path)
+    said_by = "onnxruntime" if family == "onnx" else "PyTorch"
     takes_tokens = any(spec.role == "tokens" for spec in signature.inputs)
     if takes_tokens:
         return _tokens(path, tensors, signature)
-    shapes = {f"input.{s.name}": s for s in signature.inputs} | {f"output.{s.name}": s for s in signature.outputs}
-    lengths = {len(tensors[name]) for name in shapes if name in tensors and tensors[name].ndim}
-    for name, spec in shapes.items():
-        if name not in tensors or tensors[name].shape[1:] != spec.shape[1:] or len(lengths) != 1 or 0 in lengths:
-            raise BundleError(f"{path} does not hold {name} as [n, {', '.join(map(str, spec.shape[1:]))}]", HINT)
+    specs = {f"input.{s.name}": s for s in signature.inputs} | {f"output.{s.name}": s for s in signature.outputs}
+    lengths = {len(tensors[name]) for name in specs if name in tensors and tensors[name].ndim}
+    for name, spec in specs.items():
+        row = spec.shape[1:] if spec.shape[:1] == (1,) else spec.shape  # the batch of one is left out in the file
+        if name not in tensors or tensors[name].shape[1:] != row or len(lengths) != 1 or 0 in lengths:
+            raise BundleError(f"{path} does not hold {name} as [n{''.join(f', {d}' for d in row)}]", HINT)
+        tensors[name] = tensors[name].reshape(-1, *spec.shape)
     return Golden(
         None,
         None,
         {s.name: tensors[f"input.{s.name}"] for s in signature.inputs},
         {s.name: tensors[f"output.{s.name}"] for s in signature.outputs},
+        said_by,
     )
 
 

@@ -33,12 +33,12 @@ def onnx_stages(directory: Path, threads: int | None = None) -> list[Stage]:
 def _named_stages(model: Any, golden: Golden) -> list[Stage]:
     session = model.session()
     n = len(next(iter(golden.inputs.values())))
-    made = [session.run({name: value[i][None] for name, value in golden.inputs.items()}) for i in range(n)]
+    made = [session.run({name: value[i] for name, value in golden.inputs.items()}) for i in range(n)]
     return [
         compare(
             "onnxruntime step",
             "PyTorch step",
-            np.stack([outputs[name][0] for outputs in made]),
+            np.stack([outputs[name] for outputs in made]),
             wanted,
             tolerance("onnx", "float32", wanted),
             axes=("step", f"{name} element"),

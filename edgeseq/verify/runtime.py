@@ -27,7 +27,7 @@ def bundle_manifest(bundle: Path) -> Manifest:
 def runtime_stages(bundle: Path, threads: int | None = None, thorough: bool = True) -> list[Stage]:
     """Checksum and every form of the model; if `thorough`, the state's life and the greedy tokens too."""
     manifest = bundle_manifest(bundle)
-    golden = load_golden(bundle, manifest.step.signature)
+    golden = load_golden(bundle, manifest.step.signature, manifest.family)
     with load(bundle, threads, poison=True) as model:
         stages = [_checksum(model)]
         if golden.tokens is None:
@@ -135,7 +135,7 @@ def _named_stages(model: Model, golden: Golden) -> list[Stage]:
     for name, wanted in golden.outputs.items():
         bound = tolerance("runtime", "float32", wanted)
         axes = ("step", f"{name} element")
-        stages.append(compare("runtime step", "PyTorch step", straight[name], wanted, bound, axes=axes))
+        stages.append(compare("runtime step", f"{golden.said_by} step", straight[name], wanted, bound, axes=axes))
         moved = np.concatenate([first[name], second[name]]) if half else second[name]
         stages.append(compare("runtime state loaded", "undisturbed", moved, straight[name], 0.0, axes=axes))
         stages.append(compare("runtime state forked", "undisturbed", fork[name], straight[name][half:], 0.0, axes=axes))
@@ -147,7 +147,7 @@ def _run_named(session: Session, golden: Golden, begin: int, end: int | None = N
     n = len(next(iter(golden.inputs.values())))
     rows: dict[str, list[Array]] = {name: [] for name in golden.outputs}
     for i in range(begin, n if end is None else end):
-        made = session.run({name: value[i][None] for name, value in golden.inputs.items()})
+        made = session.run({name: value[i] for name, value in golden.inputs.items()})
         for name in rows:
-            rows[name].append(made[name][0])
+            rows[name].append(made[name])
     return {name: np.stack(values) if values else golden.outputs[name][:0] for name, values in rows.items()}

@@ -31,7 +31,7 @@ typedef struct {
     size_t n_tokens;
     uint64_t bytes, reps;
     list prompts, gens, depths, cuts;
-    const char *out, *load, *save, *prompt, *tokens_text, *tokens_file;
+    const char *in, *out, *load, *save, *prompt, *tokens_text, *tokens_file;
     int raw;
 } device;
 
@@ -119,6 +119,7 @@ static const struct {
     {"--tokens", TEXT, offsetof(device, tokens_text), 0},
     {"--tokens-file", TEXT, offsetof(device, tokens_file), 0},
     {"--prompt", TEXT, offsetof(device, prompt), 0},
+    {"--in", TEXT, offsetof(device, in), 0},
     {"--out", TEXT, offsetof(device, out), 0},
     {"--load-state", TEXT, offsetof(device, load), 0},
     {"--save-state", TEXT, offsetof(device, save), 0},

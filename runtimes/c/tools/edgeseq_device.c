@@ -10,6 +10,8 @@ static const char usage[] =
     "  run    TOKENS -n N [--raw]             generate N tokens; --raw writes their text alone\n"
     "  logits TOKENS --out FILE [--cut N,..]  feed pieces of N tokens (the last size repeats; default 1),\n"
     "                                         write float32 logits after each\n"
+    "  frames --in FILE --out FILE            run the step of a model with named inputs: FILE holds the inputs of\n"
+    "                                         one step after another, in the model's order, as do the outputs\n"
     "  state                                  what --load-state holds\n"
     "  bench  [-p N,..] [-n N,..] [-d N,..] [-r REPS] [--bytes N]\n"
     "TOKENS: --tokens 1,2,3 or --tokens-file FILE or --prompt TEXT\n"
@@ -183,6 +185,61 @@ static void logits(device *d)
            (unsigned long long)es_position(d->session));
 }
 
+/* Bytes of the step's inputs (or outputs); moves them from or to `data` unless it is NULL. */
+static size_t frame_move(const device *d, int outputs, unsigned char *data)
+{
+    size_t total = 0;
+    for (uint32_t i = 0; i < d->info.n_io; i++) {
+        es_tensor_info io = ES_TENSOR_INFO_INIT;
+        const void *from = NULL;
+        void *to = NULL;
+        size_t bytes = 0;
+        check(es_model_io(d->model, i, &io), "frames", NULL);
+        if (io.graph != 0 || (int)io.is_output != outputs || (!outputs && io.role != ES_ROLE_DATA))
+            continue;
+        if (outputs)
+            check(es_output(d->session, 0, io.name, &from, &bytes), io.name, NULL);
+        else
+            check(es_input(d->session, 0, io.name, &to, &bytes), io.name, NULL);
+        if (data != NULL && outputs)
+            memcpy(data + total, from, bytes);
+        else if (data != NULL)
+            memcpy(to, data + total, bytes);
+        total += bytes;
+    }
+    return total;
+}
+
+static void frames(const device *d)
+{
+    size_t bytes = 0, n = 0, in = frame_move(d, 0, NULL), out = frame_move(d, 1, NULL);
+    uint64_t total = 0, worst = 0;
+    if (d->info.takes_tokens || in == 0)
+        die(2, "frames", "this model has no named inputs");
+    if (d->in == NULL || d->out == NULL)
+        die(2, "frames", "give --in FILE and --out FILE");
+    unsigned char *data = (unsigned char *)file_read(d->in, &bytes), *made = (unsigned char *)grab(out);
+    if (bytes % in != 0)
+        die(1, d->in, "does not hold whole steps");
+    FILE *file = create(d->out);
+    for (n = 0; n < bytes / in; n++) {
+        (void)frame_move(d, 0, data + n * in);
+        uint64_t start = now();
+        check(es_run(d->session, 0), "frames", NULL);
+        uint64_t took = now() - start;
+        total += took;
+        worst = took > worst ? took : worst;
+        (void)frame_move(d, 1, made);
+        put(file, made, out, d->out);
+    }
+    finish(file, d->out);
+    printf("{\"steps\":%llu,\"position\":%llu,\"mean_us\":%.3f,\"max_us\":%.3f}\n", (unsigned long long)n,
+           (unsigned long long)es_position(d->session), n > 0 ? (double)total / 1e3 / (double)n : 0.0,
+           (double)worst / 1e3);
+    free(made);
+    free(data);
+}
+
 static void state(const device *d)
 {
     size_t bytes = 0;
@@ -193,7 +250,8 @@ static void state(const device *d)
 
 int main(int argc, char **argv)
 {
-    static const char *const commands[] = {"info", "check", "run", "logits", "state", "bench"};
+    static const char *const commands[] = {"info", "check", "run", "logits", "frames", "state", "bench"};
+    enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
     device d = {.info = ES_MODEL_INFO_INIT, .options = ES_OPTIONS_INIT, .sampler = ES_SAMPLER_INIT, .reps = 5};
     es_error why = ES_ERROR_INIT;
     size_t command = 0;
@@ -201,9 +259,9 @@ int main(int argc, char **argv)
         fputs(usage, stderr);
         return 2;
     }
-    while (command < 6 && strcmp(argv[2], commands[command]) != 0)
+    while (command < N_COMMANDS && strcmp(argv[2], commands[command]) != 0)
         command++;
-    if (command == 6)
+    if (command == N_COMMANDS)
         die(2, argv[2], "unknown command");
     arguments(&d, argc, argv);
     check(es_model_open(argv[1], &d.options, &d.model, &why), argv[1], &why);
@@ -217,7 +275,8 @@ int main(int argc, char **argv)
     case 1: weights(&d); break;
     case 2: run(&d); break;
     case 3: logits(&d); break;
-    case 4: state(&d); break;
+    case 4: frames(&d); break;
+    case 5: state(&d); break;
     default: bench(&d); break;
     }
     state_save(&d);
