@@ -1,0 +1,182 @@
+"""Models of unusual sizes, taken through the command line the way a user does, with what PyTorch says they answer."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeseq.verify.tolerances import tolerance
+from tests.models.huggingface import randomise, save
+
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+CONTEXT = 96
+CHUNKS = "4,16"
+PROMPT, COUNT = 23, 64  # a prompt of 16 + 4 + 3 steps
+
+MAMBA = {
+    "vocab_size": 1009, "hidden_size": 96, "num_hidden_layers": 3, "state_size": 8, "conv_kernel": 3,
+    "time_step_rank": 5,
+}  # fmt: skip
+GQA = {
+    "vocab_size": 1009, "hidden_size": 90, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 10,
+}  # fmt: skip
+ODD_HEADS = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 22, "rms_norm_eps": 1e-3, "attention_bias": True, "mlp_bias": True,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+BIASED = {
+    "vocab_size": 101, "hidden_size": 40, "num_hidden_layers": 2, "state_size": 3, "conv_kernel": 2, "expand": 3,
+    "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3,
+}  # fmt: skip
+RETNET = """
+import torch
+from edgeseq.models.retnet import FAMILY, RetNetConfig
+
+def make():
+    config = RetNetConfig(vocab_size=53, d_model=36, n_layers=2, n_heads=3, d_ff=29, tie=False)
+    model = FAMILY.model(config)
+    for name, value in FAMILY.constants(config).items():
+        model.get_buffer(name).copy_(torch.as_tensor(value))
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng) + (1.0 if "norm" in name else 0.0))
+    return model
+"""
+
+Whole = Callable[[torch.Tensor], torch.Tensor]
+
+
+def edgeseq(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, from another directory than the checkout's."""
+    command = [sys.executable, "-m", "edgeseq", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd or folder(), env=env)
+
+
+def done(*arguments: object) -> str:
+    """Standard output of a command that succeeds."""
+    process = edgeseq(*arguments)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@cache
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="edgeseq-e2e-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def _huggingface(family: str, fields: dict[str, Any], where: Path) -> tuple[str, Whole]:
+    import transformers
+
+    config, model = {
+        "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }[family]
+    reference = model(config(**fields))
+    wide = ("in_proj.weight", "conv1d.weight", "out_proj.weight") if family == "mamba" else ()
+    randomise(reference, 0, wide)
+    save(reference, where)
+    return str(where), lambda tokens: reference(tokens, use_cache=False).logits
+
+
+def _retnet(where: Path) -> tuple[str, Whole]:
+    where.mkdir()
+    path = where / "odd_retnet.py"
+    path.write_text(RETNET)
+    scope: dict[str, Any] = {}
+    exec(RETNET, scope)
+    return f"{path}:make", scope["make"]().eval()
+
+
+@dataclass(frozen=True)
+class Model:
+    """source: what the command line is given; whole: tokens [1,T] -> logits [1,T,V] by the reference, in one go."""
+
+    name: str
+    source: str
+    whole: Whole
+    vocab: int
+
+    @cached_property
+    def export(self) -> Path:
+        out = folder() / f"{self.name}.export"
+        done("export", self.source, "-o", out, "--context", CONTEXT, "--chunk", CHUNKS)
+        return out
+
+    @cached_property
+    def host(self) -> Path:
+        return self._bundle("host")
+
+    @cached_property
+    def pi(self) -> Path:
+        return self._bundle("raspberry-pi-5")
+
+    def _bundle(self, target: str) -> Path:
+        out = folder() / f"{self.name}.{target}"
+        done("compile", self.export, "--target", target, "-o", out)
+        return out
+
+    def prompt(self, n: int = PROMPT, seed: int = 1) -> list[int]:
+        return np.random.default_rng(seed).integers(0, self.vocab, n).tolist()
+
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """[T,V] of the whole sequence."""
+        with torch.no_grad():
+            return self.whole(torch.tensor([tokens]))[0].numpy()
+
+    def assert_greedy(self, prompt: list[int], made: list[int]) -> None:
+        """Every made token is the reference's own choice after all before it."""
+        choices = self.logits([*prompt, *made])[len(prompt) - 1 : -1].argmax(1)
+        assert made == choices.tolist()
+        assert len(set(made)) > 2, "a constant answer would prove little"
+
+
+@cache
+def model(name: str) -> Model:
+    where = folder() / name
+    if name == "retnet":
+        return Model(name, *_retnet(where), 53)
+    family, fields = {
+        "mamba": ("mamba", MAMBA), "llama-gqa": ("llama", GQA), "llama-odd-heads": ("llama", ODD_HEADS),
+        "mamba-biased": ("mamba", BIASED),
+    }[name]  # fmt: skip
+    return Model(name, *_huggingface(family, fields, where), fields["vocab_size"])
+
+
+def ids(tokens: list[int]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def close(got: NDArray, want: NDArray) -> None:
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= tolerance("runtime", "float32", want)
+
+
+def driver(bundle: Path, *arguments: object, check: bool = True) -> dict[str, Any]:
+    """`edgeseq-device` of a raspberry-pi-5 bundle under qemu; its JSON line."""
+    assert QEMU is not None
+    command = [QEMU, bundle / "edgeseq-device", bundle / "model.edgeseq", *arguments, "--threads", 2]
+    process = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    result: dict[str, Any] = json.loads(process.stdout)
+    return result
