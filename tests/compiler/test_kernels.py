@@ -31,6 +31,7 @@ from . import variants
 from .library import Library, ref, refs, unset
 
 ELSEWHERE = {
+    "conv": "test_conv.py",
     "linear_q": "test_quantised.py",
     "embed_q": "test_quantised.py",
     "quantize": "test_quantised.py",
