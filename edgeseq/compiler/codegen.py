@@ -67,8 +67,8 @@ class KernelSet:
             f"static const es_kernel_entry kernels[] = {{\n    {entries}\n}};",
             f"static const char *const features[] = {{{features}}};",
             "const es_kernel_table es_linked_kernels = {",
-            f"    (uint32_t)sizeof(es_kernel_table), {plan_id}u, {len(self.pointers)}u, {len(self.features)}u, kernels,",
-            "    features};",
+            f"    (uint32_t)sizeof(es_kernel_table), {plan_id}u, {len(self.pointers)}u, {len(self.features)}u,",
+            "    kernels, features};",
         ]
         path.write_text("\n".join(lines) + "\n")
 
@@ -80,7 +80,7 @@ def _describe(params: object) -> list[str]:
         value = getattr(params, f.name)
         if value is True:
             words.append(f.name.lower())
-        elif isinstance(value, bool) or value == f.default or f.name.startswith("ld") or f.name == "tile" or isinstance(value, float):
+        elif isinstance(value, bool | float) or value == f.default or f.name.startswith("ld") or f.name == "tile":
             continue
         elif f.name == "wdtype" or f.name == "dtype":
             words.append(str(value))

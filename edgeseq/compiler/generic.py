@@ -106,7 +106,8 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
     # TVM wants identifiers and folds names into functions; equal layers shall give equal functions.
     plain = {name: f"t{i}" for i, name in enumerate(dict.fromkeys([*read, *(o for n in nodes for o in n.outputs)]))}
     small = [numpy_helper.from_array(np.asarray(c, order="C"), plain[n]) for n, c in constants.items() if c is not None]
-    part = helper.make_graph([_renamed(n.proto, plain) for n in nodes], "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
+    protos = [_renamed(n.proto, plain) for n in nodes]
+    part = helper.make_graph(protos, "part", [info(i) for i in inputs], [info(o) for o in outputs], small)
     model = helper.make_model(part, opset_imports=[helper.make_opsetid("", 21)])
     t = relax.transform
     passes = [
@@ -200,7 +201,8 @@ class _Walker:
 
     def finish(self, result: Any) -> FusedGroup:
         produced = self.tuples.get(result) or [self.name(result)]
-        return FusedGroup(tuple(self.calls), self.intermediates, self.constants, dict(zip(self.outputs, produced, strict=True)))
+        aliases = dict(zip(self.outputs, produced, strict=True))
+        return FusedGroup(tuple(self.calls), self.intermediates, self.constants, aliases)
 
 
 def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
@@ -224,7 +226,7 @@ def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
     lanes = next(n for n in LANES if extent % n == 0)
     units = extent // lanes
     grid = next(g for g in range(max(1, min(units, extent // ELEMENTS_PER_BLOCK)), 0, -1) if units % g == 0)
-    outer, middle, inner = sch.split(fused, [grid, units // grid, lanes])
+    outer, _, inner = sch.split(fused, [grid, units // grid, lanes])
     if lanes > 1:
         sch.vectorize(inner)
     if grid > 1:
@@ -255,7 +257,7 @@ def _spatial(sch: Any, block: Any) -> bool:
 
 
 def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]) -> PrimFunc:
-    """Lower a scheduled PrimFunc of buffers to `void name(pointers…, int32 block)`, still without intrinsics lowered."""
+    """Lower a scheduled PrimFunc of buffers to `void name(pointers…, int32 block)`; intrinsics stay."""
     offsets = [p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tvm.ir.Var)]
     func = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     (func,) = lower_passes(IRModule({name: func})).functions.values()
@@ -286,9 +288,15 @@ def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], 
     body = structural_map(func.body, [(TvmCall, data), (tirx.AttrStmt, thread), (tirx.For, serial)])
     if offsets:  # of buffers that hand-written functions take wherever they begin
         zero = {str(v.ty.dtype): tirx.const(0, str(v.ty.dtype)) for v in offsets}
-        body = structural_map(body, [(tvm.ir.Var, lambda v: zero[str(v.ty.dtype)] if any(v.same_as(o) for o in offsets) else v)])
+
+        def settled(v: Any) -> Any:
+            return zero[str(v.ty.dtype)] if any(v.same_as(o) for o in offsets) else v
+
+        body = structural_map(body, [(tvm.ir.Var, settled)])
     if blocks:
         old, new = blocks[0], tirx.Cast(str(blocks[0].ty.dtype), block) if str(blocks[0].ty.dtype) != "int32" else block
         body = structural_map(body, [(tvm.ir.Var, lambda v: new if v.same_as(old) else v)])
     made = tirx.PrimFunc([*pointers.values(), block], body)
-    return made.with_attr("global_symbol", name).with_attr("tirx.noalias", True).with_attr("target", func.attrs["target"])
+    for key, value in (("global_symbol", name), ("tirx.noalias", True), ("target", func.attrs["target"])):
+        made = made.with_attr(key, value)
+    return made

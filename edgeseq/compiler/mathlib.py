@@ -1,8 +1,9 @@
 """Transcendentals as polynomials in TIR, so that a vector stays a vector and no libm call is left.
 
 Each replaces the TIR intrinsic of the same name on float32 of any lane count. Worst relative error, measured in
-tests/compiler/test_mathlib.py over the stated range: exp 2.5e-7 on [-87, 88], exp2 and log 2.5e-7, tanh and sigmoid 4e-7,
-erf 5e-7; sin and cos 1e-6 absolute for |x| < 8192. Coefficients: Moshier, Cephes single precision (public domain).
+tests/compiler/test_mathlib.py over the stated range: exp 2.5e-7 on [-87, 88], exp2 and log 2.5e-7, tanh and sigmoid
+4e-7, erf 5e-7; sin and cos 1e-6 absolute for |x| < 8192. Coefficients: Moshier, Cephes single precision (public
+domain).
 """
 
 from __future__ import annotations

@@ -234,11 +234,15 @@ def qwen_mixer(c: DeltaConfig, theirs: str) -> dict[str, StoredTensor]:
         )
     begin, channels = 0, 2 * c.keys + c.values
     for part, width in (("q", c.keys), ("k", c.keys), ("v", c.values)):
-        names[f"conv_{part}"] = StoredTensor(
-            f"{theirs}conv1d.weight", (channels, 1, c.d_conv), lambda x, a=begin, n=width: x[a : a + n, 0]
-        )
+        taps = _taps_of(begin, width)
+        names[f"conv_{part}"] = StoredTensor(f"{theirs}conv1d.weight", (channels, 1, c.d_conv), taps)
         begin += width
     return names
+
+
+def _taps_of(begin: int, width: int) -> Callable[[Array], Array]:
+    """Channels begin .. begin+width of [C,1,k] as [width,k]."""
+    return lambda x: x[begin : begin + width, 0]
 
 
 def _of_each_group(groups: int, begin: int, width: int) -> Callable[[Array], Array]:

@@ -61,7 +61,9 @@ class ConfigReader:
         value = self.raw.get(name)
         if value is None:
             return low, high
-        ends = [v.get("__float__") if isinstance(v, Mapping) else v for v in value] if isinstance(value, list) else []
+        ends: list[Any] = [
+            v.get("__float__") if isinstance(v, Mapping) else v for v in (value if isinstance(value, list) else [])
+        ]
         ends = [float(v) if v in ("Infinity", "-Infinity", "inf") else v for v in ends]
         if len(ends) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in ends):
             raise self._refuse(name, value, "two numbers")

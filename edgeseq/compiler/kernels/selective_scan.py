@@ -31,7 +31,6 @@ from ._emit import (
 )
 from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
-
 LOG2_E = 1.4426950408889634
 
 
