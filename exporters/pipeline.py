@@ -6,6 +6,7 @@
 | trace | trace | trace.py | torch's ONNX graph per chunk length |
 | tidy | tidy | tidy.py | small graph with readable names |
 | quantise | quantise_graph | quantise.py, rounding.py | products and lookups of block-quantised matrices |
+| calibrate | moments | calibrate.py | sums over the inputs of each matrix, until the weights are written |
 | store | store_as, plan, write | lower.py, weights.py | weights.safetensors |
 | save | point_to_file, save | lower.py | step.onnx, chunk<T>.onnx |
 | golden | write | golden.py | golden.safetensors |
@@ -21,6 +22,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 from edgeseq.errors import ExportError, UsageError
 from edgeseq.files import new_directory
-from edgeseq.models.base import signature_of
+from edgeseq.models.base import SequenceModel, signature_of
 from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
 from exporters import golden, lower, weights
 from exporters.quantise import Quantised, quantise_graph
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgeseq.models.source import Source
+    from exporters.calibrate import Moments
 
 FLAVOURS = ("onnx", "ort")
 QUANTS = ("none", *BITS)
@@ -49,6 +52,9 @@ DEFAULT_CHUNKS = (8, 64)
 DEFAULT_CONTEXT = 2048
 MAX_CONTEXT = 1 << 20
 MAX_CHUNK = 4096
+DEFAULT_CALIBRATION = 4096
+MAX_CALIBRATION = 1 << 20
+CALIBRATED_PARAMS = 10**9
 
 Progress = Callable[..., None]
 
@@ -62,6 +68,7 @@ def export(
     chunks: Sequence[int] | None = None,
     context: int = DEFAULT_CONTEXT,
     dtype: str = "fp32",
+    calibrate: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the step graph, the chunk graphs and one copy of the weights of `source` into the directory `out`.
@@ -72,11 +79,13 @@ def export(
     context:  longest sequence a growing state can hold; a model whose state does not grow ignores it (manifest: 0).
     dtype:    storage of the matrices that are not quantised, "fp32", "fp16" or "bf16"; all else, and arithmetic, is
               float32.
+    calibrate: tokens the model writes for itself, so that int4 rounding corrects its errors for the inputs they make; 0
+              for none; None for 4096 where the weights are learned and at most 1e9. Needs the model in memory.
     progress: called as progress(what, done, total); total 0 means that the end is not known.
     Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
     appears whole or not at all; an earlier export there is replaced.
     """
-    request = Request.checked(flavour, quant, chunks, context, dtype, progress)
+    request = Request.checked(flavour, quant, chunks, context, dtype, calibrate, progress)
     if isinstance(source, str):
         from edgeseq.models.source import open_source
 
@@ -96,11 +105,18 @@ class Request:
     chunks: tuple[int, ...] | None
     context: int
     dtype: DType
+    calibrate: int | None
     report: Progress
 
     @staticmethod
     def checked(
-        flavour: str, quant: str, chunks: Sequence[int] | None, context: int, dtype: str, progress: Progress | None
+        flavour: str,
+        quant: str,
+        chunks: Sequence[int] | None,
+        context: int,
+        dtype: str,
+        calibrate: int | None,
+        progress: Progress | None,
     ) -> Request:
         for what, value, known in (("flavour", flavour, FLAVOURS), ("quant", quant, QUANTS), ("dtype", dtype, DTYPES)):
             if value not in known:
@@ -115,8 +131,12 @@ class Request:
                     )
             if len(set(chunks)) != len(chunks):
                 raise UsageError(f"chunk lengths {', '.join(map(str, chunks))} repeat", "give each length once")
+        if calibrate is not None and not 0 <= calibrate <= MAX_CALIBRATION:
+            raise UsageError(f"calibration with {calibrate} tokens is not possible", f"give 0 to {MAX_CALIBRATION}")
+        if calibrate and quant != "int4":
+            raise UsageError(f"calibration changes nothing at --quant {quant}", "it is for --quant int4")
         return Request(
-            flavour, quant, None if chunks is None else tuple(sorted(chunks)), context, DTYPES[dtype],
+            flavour, quant, None if chunks is None else tuple(sorted(chunks)), context, DTYPES[dtype], calibrate,
             progress or (lambda what, done, total: None),
         )  # fmt: skip
 
@@ -164,7 +184,10 @@ def _write(
         graphs.append(_graph(model, signature, request, quantised))
     request.report("tracing", len(signatures), len(signatures))
     layout, constants = _layout(source, graphs, quantised)
-    digest = _write_weights(directory, layout, _Reader(source, constants, quantised), request)
+    with TemporaryDirectory(prefix="moments-", dir=directory) as work:
+        moments = _moments(source, model, quantised, request, Path(work))
+        digest = _write_weights(directory, layout, _Reader(source, constants, quantised, moments), request)
+        del moments
     same_bytes = {q.rows: q.codes for q in quantised.values()}
     files = []
     for graph, signature in zip(graphs, signatures, strict=True):
@@ -200,8 +223,10 @@ def _write(
 class _Reader:
     """What the file stores under each name; a matrix is rounded when its codes are asked for, its scales come next."""
 
-    def __init__(self, source: Source, constants: dict[str, NDArray[Any]], quantised: dict[str, Quantised]) -> None:
-        self.source, self.constants = source, constants
+    def __init__(
+        self, source: Source, constants: dict[str, NDArray[Any]], quantised: dict[str, Quantised], moments: Moments
+    ) -> None:
+        self.source, self.constants, self.moments = source, constants, moments
         self.codes = {q.codes: q for q in quantised.values()}
         self.scales: dict[str, NDArray[Any]] = {}
 
@@ -213,8 +238,30 @@ class _Reader:
         if name not in self.codes:
             return self.source.tensor(name)
         matrix = self.codes[name]
-        codes, self.scales[matrix.scales] = quantise(matrix.name, self.source.tensor(matrix.name), matrix.bits)
+        values, moments = self.source.tensor(matrix.name), self.moments.get(matrix.name)
+        codes, self.scales[matrix.scales] = quantise(matrix.name, values, matrix.bits, moments)
         return codes
+
+
+def _moments(
+    source: Source, model: nn.Module, quantised: dict[str, Quantised], request: Request, folder: Path
+) -> Moments:
+    """Second moments of the inputs of the 4-bit matrices, where the request or the default wants them."""
+    four = [q.name for q in quantised.values() if q.bits == 4]
+    able = isinstance(model, SequenceModel)
+    tokens = request.calibrate
+    if tokens is None:
+        params = sum(parameter.numel() for parameter in model.parameters())
+        tokens = DEFAULT_CALIBRATION if able and source.learned and params <= CALIBRATED_PARAMS else 0
+    if tokens and not able:
+        raise UsageError(f"{source.name} has no text to write, so there is nothing to calibrate with", "leave it out")
+    if not tokens or not four:
+        return {}
+    from exporters.calibrate import moments
+
+    real = source.build("cpu").eval()
+    assert isinstance(real, SequenceModel)
+    return moments(real, four, tokens, folder, lambda done, total: request.report("calibrating", done, total))
 
 
 def _write_weights(directory: Path, layout: weights.Layout, read: _Reader, request: Request) -> hashlib._Hash:

@@ -20,6 +20,10 @@ from exporters.tidy import weights
 
 MIN_WIDTH = 64  # K below which a row is one block: nothing to gain
 MIN_SIZE = 4096  # elements below which scales and padding eat what is won
+HEAD_SHARE = 0.05
+"""The output head of a 4-bit model gets 8 bits where that makes the matrices at most this much larger: what it rounds
+off goes into the scores unfiltered."""
+
 DECAYS = {"dt", "g", "decay", "log_decay"}
 """Inputs of recurrences that stand in an exponent: an error there grows with every token."""
 
@@ -56,11 +60,14 @@ class Quantised:
 
 def quantise_graph(model: ir.Model, bits: int) -> dict[str, Quantised]:
     """Replace every product and lookup whose matrix may be rounded; returns those matrices by name."""
+    chosen = {value: _shape(value) for value in weights(model.graph) if may_round(value)}
+    total = sum(m * k for m, k in chosen.values())
     found = {}
-    for value in weights(model.graph):
-        if may_round(value):
-            m, k = (int(size) for size in value.shape or ())
-            found[value.name or ""] = _replace(model.graph, value, Quantised(value.name or "", (m, k), bits))
+    for value, (m, k) in chosen.items():
+        finer = bits == 4 and _is_head(value) and m * k * 4 <= HEAD_SHARE * total * (4 + 16 / BLOCK)
+        found[value.name or ""] = _replace(
+            model.graph, value, Quantised(value.name or "", (m, k), 8 if finer else bits)
+        )
     if found:
         model.opset_imports[contrib.DOMAIN] = 1
     return found
@@ -68,7 +75,7 @@ def quantise_graph(model: ir.Model, bits: int) -> dict[str, Quantised]:
 
 def may_round(weight: ir.Value) -> bool:
     """The rule: a float matrix that only feeds products and lookups, wide and large enough, and not sensitive."""
-    shape = tuple(int(size) for size in weight.shape or ())
+    shape = _shape(weight)
     if len(shape) != 2 or weight.dtype != ir.DataType.FLOAT or shape[1] < MIN_WIDTH or shape[0] * shape[1] < MIN_SIZE:
         return False
     for use in weight.uses():
@@ -81,6 +88,18 @@ def may_round(weight: ir.Value) -> bool:
         if not products or any(map(_sensitive, products)):
             return False
     return bool(weight.uses())
+
+
+def _shape(weight: ir.Value) -> tuple[int, ...]:
+    return tuple(int(size) for size in weight.shape or ())
+
+
+def _is_head(weight: ir.Value) -> bool:
+    """Whether a product with it is an output of the graph, with or without a bias."""
+    products = [p for use in weight.uses() if use.node.op_type == "Transpose" for p in _products(use.node)]
+    results = [p.outputs[0] for p in products]
+    results += [use.node.outputs[0] for value in results for use in value.uses() if use.node.op_type == "Add"]
+    return any(value.is_graph_output() for value in results)
 
 
 def _products(transpose: ir.Node) -> list[ir.Node]:

@@ -39,6 +39,7 @@ def translations(flavour: str) -> Translation:
         ours.rms_norm.default: rms_norm,
         ours.rotary.default: rotary,
         ours.cached_attention.default: cached_attention,
+        ours.window_attention.default: window_attention,
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
         torch.ops.aten.slice.Tensor: slice_tensor,
@@ -175,6 +176,41 @@ def cached_attention(
     )  # [B,H,T,d]
     merged = onnx_op.Reshape(onnx_op.Transpose(o, perm=[0, 2, 1, 3]), ints(static_shape(q)))
     return merged, present_k, present_v
+
+
+def window_attention(
+    q: Value, k: Value, v: Value, past_k: Value, past_v: Value, position: Value,
+    num_heads: int, num_kv_heads: int, scale: float,
+) -> Value:  # fmt: skip
+    """Attention (24) over [ring before; new rows] with a mask, then TensorScatter (24), circular, of what stays.
+
+    Scattering first would lose rows that the first queries of a chunk still see.
+    """
+    tokens, rows = static_shape(q)[1], static_shape(past_k)[2]
+    mask = window_mask(position, tokens, rows)
+    past, new = (past_k, past_v), (heads(k, num_kv_heads), heads(v, num_kv_heads))
+    keys, values = (onnx_op.Concat(p, n, axis=2) for p, n in zip(past, new, strict=True))
+    o, *_ = onnx_op.Attention(heads(q, num_heads), keys, values, mask, scale=scale)  # [B,H,T,d]
+    merged = onnx_op.Reshape(onnx_op.Transpose(o, perm=[0, 2, 1, 3]), ints(static_shape(q)))
+    first = max(0, tokens - rows)
+    row = onnx_op.Mod(onnx_op.Add(position, ints([first])) if first else position, ints([rows]))
+    if first:
+        new = tuple(onnx_op.Slice(n, ints([first]), ints([tokens]), ints([2])) for n in new)
+    present = (onnx_op.TensorScatter(p, n, row, axis=2, mode="circular") for p, n in zip(past, new, strict=True))
+    return (merged, *present)
+
+
+def window_mask(position: Value, tokens: int, rows: int) -> Value:
+    """What token t of a chunk sees of [ring before; chunk]: bool [T,W+T], tokens counted from the first of the chunk.
+
+    Row s of the ring holds the latest token of s mod W before the chunk, if there has been one.
+    """
+    back = onnx_op.Mod(onnx_op.Sub(position, ints(list(range(1, rows + 1)))), ints([rows]))
+    column = onnx_op.Concat(onnx_op.Sub(ints([-1]), back), ints(list(range(tokens))), axis=0)
+    t = onnx_op.Unsqueeze(ints(list(range(tokens))), ints([1]))
+    oldest = onnx_op.Unsqueeze(ints([i - rows + 1 for i in range(tokens)]), ints([1]))
+    oldest = onnx_op.Max(oldest, onnx_op.Neg(position))
+    return onnx_op.And(onnx_op.LessOrEqual(column, t), onnx_op.GreaterOrEqual(column, oldest))
 
 
 def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:

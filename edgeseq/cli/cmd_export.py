@@ -53,6 +53,13 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Storage of the matrices that are not quantised; arithmetic is fp32.",
             ),
+            click.option(
+                "--calibrate",
+                metavar="TOKENS",
+                type=int,
+                help="Tokens the model writes for itself so that int4 corrects its rounding; 0 for none.  "
+                "[default: 4096 where weights are learned and at most 1e9]",
+            ),
         )
     ):
         function = option(function)

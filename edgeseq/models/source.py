@@ -48,7 +48,10 @@ class Source:
     family:    the family's name, "custom" for a module of the user's own.
     config:    the family's config dataclass, None for a custom module without one.
     tokenizer: a tokenizer.json, "bytes" (a token is a byte), or None.
+    learned:   False where the weights are drawn at random.
     """
+
+    learned = True
 
     def __init__(self, name: str, family: str, config: Any, tokenizer: Path | Literal["bytes"] | None) -> None:
         self.name, self.family, self.config, self.tokenizer = name, family, config, tokenizer
@@ -180,7 +183,9 @@ def random_source(
     def read(tensor: str, shape: tuple[int, ...]) -> Array:
         return record.random_tensor(config, tensor, shape, seeded_rng(name, tensor))
 
-    return FamilySource(name, record, config, tokenizer, read)
+    source = FamilySource(name, record, config, tokenizer, read)
+    source.learned = False
+    return source
 
 
 def zoo_of(record: Family) -> dict[str, Any]:
