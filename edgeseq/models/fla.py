@@ -10,14 +10,16 @@ from edgeseq.models.base import StoredTensor
 from edgeseq.models.hf import MOST_LAYERS, ConfigReader
 
 
-def outer_config(r: ConfigReader) -> dict[str, Any]:
+def outer_config(r: ConfigReader, hidden_ratio: float = 4) -> dict[str, Any]:
     """Fields of a `Stack` config; refuses mixed-in attention layers, grouped keys and activations but swish."""
     r.only("hidden_act", "swish", "silu")
     r.only("attn", None)
     r.only("elementwise_affine", True)
     r.only("num_kv_heads", r.get("num_heads"))
     d_model = r.positive("hidden_size", default=2048)
-    wide = int(d_model * r.number("hidden_ratio", 4) * 2 / 3)  # a gated feed-forward of three matrices for one of two
+    wide = int(
+        d_model * r.number("hidden_ratio", hidden_ratio) * 2 / 3
+    )  # a gated feed-forward of three matrices for one of two
     return {
         "vocab_size": r.positive("vocab_size", default=32000),
         "d_model": d_model,
@@ -39,8 +41,10 @@ def head_widths(r: ConfigReader, d_model: int, heads: int, expand_k: float, expa
     return widths[0], widths[1]
 
 
-def tensors(c: Any, mixer: Callable[[str], Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """Our names of a whole model -> theirs; `mixer(prefix)` has those of one mixer below `attn.`."""
+def tensors(
+    c: Any, mixer: Callable[[str], Mapping[str, StoredTensor]], inside: str = "mixer."
+) -> dict[str, StoredTensor]:
+    """Our names of a whole model -> theirs; `mixer(prefix)` has those of one mixer below `attn.`, ours `inside`."""
     d, f = c.d_model, c.d_ff
     names = {
         "embed.weight": StoredTensor("model.embeddings.weight", (c.vocab_size, d)),
@@ -57,7 +61,7 @@ def tensors(c: Any, mixer: Callable[[str], Mapping[str, StoredTensor]]) -> dict[
             f"{ours}up_proj.weight": StoredTensor(f"{theirs}mlp.up_proj.weight", (f, d)),
             f"{ours}down_proj.weight": StoredTensor(f"{theirs}mlp.down_proj.weight", (d, f)),
         }
-        names |= {f"{ours}mixer.{name}": stored for name, stored in mixer(f"{theirs}attn.").items()}
+        names |= {f"{ours}{inside}{name}": stored for name, stored in mixer(f"{theirs}attn.").items()}
     return names
 
 

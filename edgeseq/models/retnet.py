@@ -1,4 +1,4 @@
-"""RetNet, the retentive network (Sun et al. 2023), as defined by its authors' torchscale.
+"""RetNet, the retentive network (Sun et al. 2023), as defined by its authors' torchscale, or as in fla.
 
 Glossary
   B  batch                 T  tokens             L  layers
@@ -15,13 +15,17 @@ One layer, with x the residual stream [B,T,d]:
   x    = x + W_o(silu(W_g h) * rms_norm_per_head(o))
   h    = rms_norm(x);  x = x + W_down(silu(W_gate h) * W_up h)
 torchscale also divides scores by running sums; they cancel in the per-head norm and are left out.
+flash-linear-attention's RetNet is another model: pairs (i, i + K/2), angle 10000^(-2i/K), and its per-head norm has a
+weight [V]. `layout` says which one it is.
 State of a layer: retention [1,H,K,V].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,9 +33,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
+from edgeseq.models import fla, parallel, rotary
 from edgeseq.models import functional as ops
-from edgeseq.models import parallel, rotary
-from edgeseq.models.base import Array, Family, SequenceModel, last_logits, normal
+from edgeseq.models.base import (
+    Array,
+    Checkpoint,
+    Family,
+    SequenceModel,
+    StoredTensor,
+    last_logits,
+    normal,
+)
+from edgeseq.models.hf import ConfigReader
 from edgeseq.spec import StateSlot
 
 
@@ -46,6 +59,7 @@ class RetNetConfig:
     d_ff: int
     eps: float = 1e-6
     tie: bool = True
+    layout: Literal["torchscale", "fla"] = "torchscale"
 
     def __post_init__(self) -> None:
         if self.d_model % (2 * self.n_heads):
@@ -58,6 +72,11 @@ class RetNetConfig:
     @property
     def d_value(self) -> int:
         return 2 * self.d_key
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the rotation turns neighbouring channels rather than the halves of a head."""
+        return self.layout == "torchscale"
 
 
 class RetNetLayer(nn.Module):
@@ -73,6 +92,7 @@ class RetNetLayer(nn.Module):
         self.v_proj = nn.Linear(d, 2 * d, bias=False)
         self.g_proj = nn.Linear(d, 2 * d, bias=False)
         self.o_proj = nn.Linear(2 * d, d, bias=False)
+        self.head_norm = nn.Parameter(torch.ones(c.d_value)) if c.layout == "fla" else None
         self.ff_norm = nn.Parameter(torch.ones(d))
         self.gate_proj = nn.Linear(d, c.d_ff, bias=False)
         self.up_proj = nn.Linear(d, c.d_ff, bias=False)
@@ -84,24 +104,24 @@ class RetNetLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, log_decay: Tensor, chunk: int | None) -> Tensor:
         c = self.c
         h = ops.rms_norm_parallel(x, self.norm, c.eps)
-        q = ops.rotary_parallel(self.q_proj(h), cos, sin, c.n_heads, True)
-        k = ops.rotary_parallel(self.k_proj(h), cos, sin, c.n_heads, True)
+        q = ops.rotary_parallel(self.q_proj(h), cos, sin, c.n_heads, c.interleaved)
+        k = ops.rotary_parallel(self.k_proj(h), cos, sin, c.n_heads, c.interleaved)
         v, scale = self.v_proj(h), c.d_key**-0.5
         if chunk is None:
             o = parallel.retention_parallel(q, k, v, log_decay, c.n_heads, scale)
         else:
             o = parallel.retention_chunkwise(q, k, v, log_decay, c.n_heads, scale, chunk)
-        o = ops.rms_norm_parallel(o.unflatten(-1, (c.n_heads, c.d_value)), None, c.eps).flatten(-2)
+        o = ops.rms_norm_parallel(o.unflatten(-1, (c.n_heads, c.d_value)), self.head_norm, c.eps).flatten(-2)
         x = x + self.o_proj(F.silu(self.g_proj(h)) * o)
         return x + self.feed_forward(ops.rms_norm_parallel(x, self.ff_norm, c.eps))
 
     def advance(self, x: Tensor, cos: Tensor, sin: Tensor, log_decay: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         c = self.c
         h = ops.rms_norm(x, self.norm, c.eps)
-        q = ops.rotary(self.q_proj(h), cos, sin, c.n_heads, True)
-        k = ops.rotary(self.k_proj(h), cos, sin, c.n_heads, True)
+        q = ops.rotary(self.q_proj(h), cos, sin, c.n_heads, c.interleaved)
+        k = ops.rotary(self.k_proj(h), cos, sin, c.n_heads, c.interleaved)
         o, present = ops.retention(q, k, self.v_proj(h), log_decay, past, c.n_heads, c.d_key**-0.5)
-        o = ops.rms_norm(o.unflatten(-1, (c.n_heads, c.d_value)), None, c.eps).flatten(-2)
+        o = ops.rms_norm(o.unflatten(-1, (c.n_heads, c.d_value)), self.head_norm, c.eps).flatten(-2)
         x = x + self.o_proj(F.silu(self.g_proj(h)) * o)
         return x + self.feed_forward(ops.rms_norm(x, self.ff_norm, c.eps)), present
 
@@ -146,9 +166,10 @@ class RetNet(SequenceModel):
 
 
 def constants(c: RetNetConfig) -> dict[str, Array]:
-    """log gamma_h [H] float32 and the rotation [K/2] int64 (units of rotary.py); both endpoints of the range count."""
+    """log gamma_h [H] float32 and the rotation [K/2] int64 (units of rotary.py); torchscale's range has both ends."""
     decay = np.log1p(-(2.0 ** (-5.0 - np.arange(c.n_heads))))
-    radians = 10000.0 ** -np.linspace(0.0, 1.0, c.d_key // 2)
+    half = c.d_key // 2
+    radians = 10000.0 ** -(np.linspace(0.0, 1.0, half) if c.interleaved else np.arange(half) / half)
     return {"log_decay": decay.astype(np.float32), "frequency": rotary.turns(radians)}
 
 
@@ -160,11 +181,38 @@ def random_tensor(c: RetNetConfig, name: str, shape: tuple[int, ...], rng: np.ra
     return normal(rng, shape, std / math.sqrt(2 * c.n_layers) if "o_proj" in name or "down_proj" in name else std)
 
 
+def config_from_hf(raw: Mapping[str, Any]) -> RetNetConfig:
+    """config.json of flash-linear-attention's `RetNetForCausalLM`."""
+    r = ConfigReader(raw)
+    for field, allowed in (
+        ("expand_k", 1), ("expand_v", 2), ("feature_map", None), ("use_short_conv", False), ("use_output_gate", True),
+    ):  # fmt: skip
+        r.only(field, allowed, float(allowed) if allowed else allowed)
+    return RetNetConfig(**fla.outer_config(r, hidden_ratio=2), n_heads=r.positive("num_heads", default=8), layout="fla")
+
+
+def hf_tensors(c: RetNetConfig) -> dict[str, StoredTensor]:
+    """Our names -> names and shapes in `RetNetForCausalLM`."""
+    d = c.d_model
+
+    def mixer(theirs: str) -> dict[str, StoredTensor]:
+        return {
+            **fla.matrix(f"{theirs}q_proj", d, d),
+            **fla.matrix(f"{theirs}k_proj", d, d),
+            **fla.matrix(f"{theirs}v_proj", 2 * d, d),
+            **fla.matrix(f"{theirs}g_proj", 2 * d, d),
+            **fla.matrix(f"{theirs}o_proj", d, 2 * d),
+            "head_norm": StoredTensor(f"{theirs}g_norm_swish_gate.weight", (c.d_value,)),
+        }
+
+    return fla.tensors(c, mixer, inside="")
+
+
 FAMILY = Family(
     name="retnet",
     config=RetNetConfig,
     model=RetNet,
-    checkpoint=None,
+    checkpoint=Checkpoint(model_types=("retnet",), config=config_from_hf, tensors=hf_tensors),
     # d_ff = 4 d / 3 rounded up to 64: three matrices of a gated feed-forward then weigh the 4 d^2 of the paper's two.
     zoo={"retnet-1.3b": RetNetConfig(32000, 2048, 24, 8, 2752)},
     tiny=RetNetConfig(256, 128, 4, 4, 96),

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgeseq.compiler.kernels._emit import LANES
-from edgeseq.compiler.kernels.linear_attention import TOKENS, LinearAttention, build
+from edgeseq.compiler.kernels.linear_attention import LinearAttention, build, token_tile
 from edgeseq.ops.dplr_scan import dplr_scan
 from edgeseq.ops.standard import linear_attention
 from edgeseq.verify.tolerances import tolerance
 
 from .library import Library, ref, refs, unset
 
+TOKENS = 8
 KINDS = [*product(("none", "constant", "head", "key"), ("none", "key")), ("key", "free")]
 
 
@@ -46,6 +47,7 @@ def variants() -> list[LinearAttention]:
                     q_heads * k + gap, k_heads * k, heads * v + gap, decay, erase,
                     width and width + gap, {"none": 0, "key": heads + gap, "free": heads * k}[erase],
                     heads * k + gap if erase == "free" else 0, float(rng.uniform(0.2, 2)),
+                    token_tile((12, 2)) if tokens < TOKENS else (3, 1) if gap else (TOKENS, 2),
                 )
             )  # fmt: skip
     return found
@@ -142,7 +144,7 @@ def test_the_state_is_read_once_and_written_once(tokens: int, decay: str, erase:
     key, value, heads = 24, 64, 2
     p = LinearAttention(
         tokens, heads, key, value, heads, heads, 48, 48, 128, decay, erase,
-        48 if decay == "key" else heads, 48 if erase == "free" else heads, 48,
+        48 if decay == "key" else heads, 48 if erase == "free" else heads, 48, tile=(TOKENS, 2),
     )  # fmt: skip
     blocks = value // (p.strip * LANES)
     passes = 1 if erase != "none" else -(-tokens // TOKENS)

@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict] = {
                                "expand_v": 1.5},
     "gated_deltanet-open": OUTER | {"model_type": "gated_deltanet", "num_heads": 3, "head_dim": 4, "use_gate": False,
                                     "allow_neg_eigval": True, "conv_size": 2},
+    "retnet": OUTER | {"model_type": "retnet", "num_heads": 3, "expand_k": 1.0, "expand_v": 2.0},
 }
 # fmt: on
 names = pytest.mark.parametrize("name", CONFIGS)
@@ -62,8 +63,12 @@ def mixer_shapes(c: dict) -> dict[str, tuple[int, ...]]:
     else:
         keys, values, v_heads = int(d * c.get("expand_k", 1.0)), int(d * c.get("expand_v", 1.0)), heads
         head_v = values // heads
+    if kind == "retnet":
+        values, head_v = 2 * d, 2 * d // heads
     shapes = {"q_proj.weight": (keys, d), "k_proj.weight": (keys, d), "v_proj.weight": (values, d)}
     shapes["o_proj.weight"] = (d, values)
+    if kind == "retnet":
+        return shapes | {"g_proj.weight": (values, d), "g_norm_swish_gate.weight": (head_v,)}
     if kind == "gla":
         rank = {"gk_proj.0.weight": (16, d), "gk_proj.1.weight": (keys, 16), "gk_proj.1.bias": (keys,)}
         return shapes | rank | {"g_proj.weight": (values, d), "g_norm_swish_gate.weight": (head_v,)}
@@ -111,11 +116,13 @@ class Definition:
     def __init__(self, name: str, tensors: Tensors) -> None:
         self.c = CONFIGS[name]
         self.w = {n: t.astype(np.float64) for n, t in tensors.items()}
+        self.position = 0
         self.state: list[dict[str, Array]] = [{} for _ in range(self.c["num_hidden_layers"])]
         self.mixer: Callable[..., Array] = {
             "gla": self.gla,
             "delta_net": self.delta,
             "gated_deltanet": self.delta,
+            "retnet": self.retention,
         }[self.c["model_type"]]
 
     def token(self, token: int) -> Array:
@@ -127,6 +134,7 @@ class Definition:
             x = x + attn["o_proj"] @ self.mixer(attn, rms(x, p["attn_norm"]), state)
             h = rms(x, p["mlp_norm"])
             x = x + p["mlp.down_proj"] @ (silu(p["mlp.gate_proj"] @ h) * (p["mlp.up_proj"] @ h))
+        self.position += 1
         return w.get("lm_head.weight", w["model.embeddings.weight"]) @ rms(x, w["model.norm.weight"])
 
     def gla(self, p: Tensors, h: Array, state: dict[str, Array]) -> Array:
@@ -137,6 +145,23 @@ class Definition:
         S = state.get("S", np.zeros((heads, q.shape[1], v.shape[1])))
         state["S"] = S = np.exp(g)[:, :, None] * S + k[:, :, None] * v[:, None]
         o = np.einsum("hk,hkv->hv", q, S) * q.shape[1] ** -0.5
+        return (rms(o, p["g_norm_swish_gate"]) * silu(p["g_proj"] @ h).reshape(o.shape)).reshape(-1)
+
+    def rotate(self, x: Array) -> Array:
+        """x [H,K]: channels i and i + K/2 turned by position * 10000^(-2i/K)."""
+        half = x.shape[1] // 2
+        angle = self.position * 10000.0 ** (-np.arange(half) / half)
+        a, b = x[:, :half], x[:, half:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
+
+    def retention(self, p: Tensors, h: Array, state: dict[str, Array]) -> Array:
+        heads = self.c["num_heads"]
+        q, k, v = ((p[f"{n}_proj"] @ h).reshape(heads, -1) for n in "qkv")
+        S = state.get("S", np.zeros((heads, q.shape[1], v.shape[1])))
+        gamma = (1.0 - 2.0 ** (-5.0 - np.arange(heads)))[:, None, None]
+        state["S"] = S = gamma * S + self.rotate(k)[:, :, None] * v[:, None]
+        o = np.einsum("hk,hkv->hv", self.rotate(q), S) * q.shape[1] ** -0.5
         return (rms(o, p["g_norm_swish_gate"]) * silu(p["g_proj"] @ h).reshape(o.shape)).reshape(-1)
 
     def conv(self, p: Tensors, h: Array, state: dict[str, Array], part: str) -> Array:
@@ -188,6 +213,8 @@ def test_reading_finds_every_tensor(name: str, tmp_path: Path) -> None:
         ("gla", {"attn": {"layers": [1], "num_heads": 2}}, "attn is .* but must be None"),
         ("gla", {"num_heads": 5}, "expand_k makes a width of 12, which 5 heads cannot share"),
         ("gla", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("retnet", {"expand_v": 1.0}, "expand_v is 1.0, but must be 2"),
+        ("retnet", {"num_heads": 8}, "no 8 heads of even width"),
         ("delta_net", {"qk_norm": "sum"}, "qk_norm is 'sum'"),
         ("delta_net", {"use_gate": True}, "lacks model.layers.0.attn.g_proj.weight and 1 more"),
         ("delta_net-gated", {"use_gate": False}, "also holds model.layers.0.attn.g_proj.weight and 1 more"),

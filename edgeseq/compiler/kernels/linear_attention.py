@@ -20,7 +20,8 @@ from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, pieces, splat, store
 
-TOKENS = 8
+
+SCRATCH = 1 << 14  # floats of state that an erasing block holds on its thread's stack
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LinearAttention:
     """T tokens, H heads of the state, K key and V value channels per head; ld*: floats between tokens.
 
     Hq, Hk: heads of queries and keys. Fewer than H: each serves H/Hq neighbours; more queries: Hq/H share a state.
+    tile: tokens that pass through a row together, and vectors of a block; values and outputs stay in registers.
     """
 
     T: int
@@ -45,6 +47,7 @@ class LinearAttention:
     ldb: int = 0
     lda: int = 0
     scale: float = 1.0
+    tile: tuple[int, int] = (3, 4)
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -60,8 +63,17 @@ class LinearAttention:
     @property
     def strip(self) -> int:
         """Vectors of a block: as many as stay in registers or L1, a divisor of the whole vectors of V."""
-        wide = 2 if self.erase != "none" else 4 if self.T == 1 else 1
+        one = 2 if self.erase != "none" else 4  # at T = 1, however few the registers
+        wide = self.tile[1] if self.T > 1 and self.erase == "none" else max(one, self.tile[1])
+        while self.erase != "none" and wide > 1 and self.K * wide * LANES > SCRATCH:
+            wide //= 2
         return next(n for n in (4, 2, 1) if n <= wide and self.V // LANES % n == 0)
+
+
+def token_tile(gemm_tile: tuple[int, int]) -> tuple[int, int]:
+    """`tile` for registers that hold so many accumulators of a product: wide strips, as their rows lie together."""
+    tokens, groups = gemm_tile
+    return 3, (4 if tokens * groups >= 24 else 1)
 
 
 def build(name: str, p: LinearAttention) -> Built:
@@ -95,7 +107,7 @@ def _emit(block: _Block) -> None:
     if p.erase != "none":
         _Eraser(block).run()
         return
-    tokens = max(1, TOKENS // p.group)
+    tokens = max(1, p.tile[0] // p.group)
     whole = p.T // tokens
     tile = _Tile(block, min(tokens, p.T))
     loop(whole, lambda i: tile.run(i * tokens, tokens))

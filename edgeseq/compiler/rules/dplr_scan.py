@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgeseq.errors import CompileError
 
 from ..ir import Arg, KernelRef
-from ..kernels.linear_attention import LinearAttention
+from ..kernels.linear_attention import LinearAttention, token_tile
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         params = LinearAttention(
             T=v.rows, H=heads, K=key_width, V=value_width, Hq=heads, Hk=heads, ldq=q.ld, ldk=k.ld, ldv=v.ld,
             decay="key", erase="free", ldg=g.ld, lda=a.ld, ldb=b.ld, scale=float(node.attrs.get("scale", 1.0)),
+            tile=token_tile(low.target.gemm_tile),
         )  # fmt: skip
         state = low.state(past, present)
         args = [Arg(x, "r") for x in (q, k, v, g, a, b)]

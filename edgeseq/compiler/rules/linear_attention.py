@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..ir import Arg, KernelRef
-from ..kernels.linear_attention import LinearAttention
+from ..kernels.linear_attention import LinearAttention, token_tile
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
             T=vv.rows, H=heads, K=key_width, V=value_width, Hq=q_heads, Hk=k_heads, ldq=qv.ld, ldk=kv.ld, ldv=vv.ld,
             decay=kind, erase="key" if bv else "none", ldg=0 if constant or gv is None else gv.ld,
             ldb=bv.ld if bv else 0, scale=float(node.attrs.get("scale", 0.0)) or key_width**-0.5,
+            tile=token_tile(low.target.gemm_tile),
         )  # fmt: skip
         reads = [x for x in (qv, kv, vv, gv, bv) if x is not None]
         args = [*(Arg(x, "r") for x in reads), Arg(low.state(past, present), "rw"), Arg(low.result(o), "w")]

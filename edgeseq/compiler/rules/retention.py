@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgeseq.errors import CompileError
 
 from ..ir import Arg, KernelRef
-from ..kernels.linear_attention import LinearAttention
+from ..kernels.linear_attention import LinearAttention, token_tile
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         params = LinearAttention(
             T=qv.rows, H=heads, K=qv.cols // heads, V=vv.cols // heads, Hq=heads, Hk=heads, ldq=qv.ld, ldk=kv.ld,
             ldv=vv.ld, decay="constant", scale=float(node.attrs.get("scale", 1.0)),
+            tile=token_tile(low.target.gemm_tile),
         )  # fmt: skip
         low.call(
             KernelRef("linear_attention", params), Arg(qv, "r"), Arg(kv, "r"), Arg(vv, "r"),
