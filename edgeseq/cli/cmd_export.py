@@ -72,7 +72,8 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(source: str, out: Path, **options: Any) -> None:
     """Export a model as ONNX step and chunk graphs.
 
-    SOURCE is a Hugging Face directory, zoo:NAME (see `edgeseq list zoo`), or path/to/file.py:factory.
+    SOURCE is a Hugging Face directory, a .pth file of RWKV weights, zoo:NAME (see `edgeseq list zoo`), or
+    path/to/file.py:factory.
     """
     from edgeseq.cli.progress import progress
 

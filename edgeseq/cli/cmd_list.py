@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 def _families() -> list[Row]:
     from edgeseq.models import families
+    from edgeseq.models.pth import SUFFIXES
     from edgeseq.models.source import zoo_of
 
     return [
@@ -21,7 +22,10 @@ def _families() -> list[Row]:
             "growth": family.growth,
             "state_bytes": family.state_formula,
             "ops": list(family.ops),
-            "loads": list(family.checkpoint.model_types) if family.checkpoint else [],
+            "loads": [
+                *(family.checkpoint.model_types if family.checkpoint else ()),
+                *(SUFFIXES if family.bare else ()),
+            ],
             "zoo": list(zoo_of(family)),
         }
         for family in families().values()

@@ -29,7 +29,7 @@ from edgeseq.spec import StateSlot
 
 GROUP_EPS = 64e-5  # of the norm over each head's output in versions 5 to 7: 1e-5 times (64/8)^2, whatever N is
 LAST_EPS = 1e-5  # of the last norm, whatever eps the config gives the others
-CHUNK = 16  # tokens of a block of the parallel form: 16 x 16 x d exponentials a block
+CHUNK = 8  # tokens of a block of the parallel form: 8 x 8 x d exponentials a block
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

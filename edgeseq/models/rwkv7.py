@@ -241,7 +241,7 @@ FAMILY = Family(
     tiny=Rwkv7Config(256, 128, 4, 4, 320, 16, 16, 16, 32),
     state_formula="4 L (2 d + d N)",
     growth="constant",
-    ops=("rms_norm", "dplr_scan"),
+    ops=("dplr_scan",),
     random_tensor=random_tensor,
     # Some files carry the residual map of layer 0, which has nothing to mix with.
     bare=BareCheckpoint(recognise, config_from_shapes, pth_tensors, tuple(f"blocks.0.att.v{i}" for i in range(3))),

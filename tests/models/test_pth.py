@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -188,3 +189,10 @@ def test_the_command_says_it_in_one_sentence(tmp_path: Path, capfd: pytest.Captu
     assert "which could run code" in err
     assert "hint: " in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth"]
+
+
+def test_the_list_says_who_reads_such_files(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "families", "--json"]) == 0
+    loads = {f["name"]: f["loads"] for f in json.loads(capfd.readouterr().out)}
+    assert {name for name, kinds in loads.items() if ".pth" in kinds} == {"rwkv4", "rwkv5", "rwkv6", "rwkv7"}
+    assert loads["rwkv4"] == ["rwkv", ".pth"]
