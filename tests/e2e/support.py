@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -80,9 +81,33 @@ def done(*arguments: object) -> str:
 
 @cache
 def folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="edgeseq-e2e-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    """One directory for all workers of a test run; the last to leave removes it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    path = Path(tempfile.gettempdir()) / f"edgeseq-e2e-{run}"
+    path.mkdir(exist_ok=True)
+    users = (path / "users.lock").open("w")
+    fcntl.flock(users, fcntl.LOCK_SH)
+    atexit.register(_leave, path, users)
     return path
+
+
+def _leave(path: Path, users: IO[str]) -> None:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # others are still at work
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def once(out: Path, make: Callable[[Path], object]) -> Path:
+    """`out`, made by the first worker that asks for it; `make` gets a name beside it to write to."""
+    with (out.parent / f"{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            made = out.with_name(f"{out.name}.making")
+            make(made)
+            made.rename(out)
+    return out
 
 
 def _huggingface(family: str, fields: dict[str, Any], where: Path) -> tuple[str, Whole]:
@@ -95,14 +120,12 @@ def _huggingface(family: str, fields: dict[str, Any], where: Path) -> tuple[str,
     reference = model(config(**fields))
     wide = ("in_proj.weight", "conv1d.weight", "out_proj.weight") if family == "mamba" else ()
     randomise(reference, 0, wide)
-    save(reference, where)
+    once(where, lambda path: save(reference, path))
     return str(where), lambda tokens: reference(tokens, use_cache=False).logits
 
 
 def _retnet(where: Path) -> tuple[str, Whole]:
-    where.mkdir()
-    path = where / "odd_retnet.py"
-    path.write_text(RETNET)
+    path = once(where.with_suffix(".py"), lambda path: path.write_text(RETNET))
     scope: dict[str, Any] = {}
     exec(RETNET, scope)
     return f"{path}:make", scope["make"]().eval()
@@ -119,9 +142,8 @@ class Model:
 
     @cached_property
     def export(self) -> Path:
-        out = folder() / f"{self.name}.export"
-        done("export", self.source, "-o", out, "--context", CONTEXT, "--chunk", CHUNKS)
-        return out
+        sizes = ("--context", CONTEXT, "--chunk", CHUNKS)
+        return once(folder() / f"{self.name}.export", lambda out: done("export", self.source, "-o", out, *sizes))
 
     @cached_property
     def host(self) -> Path:
@@ -133,8 +155,7 @@ class Model:
 
     def _bundle(self, target: str) -> Path:
         out = folder() / f"{self.name}.{target}"
-        done("compile", self.export, "--target", target, "-o", out)
-        return out
+        return once(out, lambda path: done("compile", self.export, "--target", target, "-o", path))
 
     def prompt(self, n: int = PROMPT, seed: int = 1) -> list[int]:
         return np.random.default_rng(seed).integers(0, self.vocab, n).tolist()

@@ -12,12 +12,8 @@ import edgeseq
 
 from .support import COUNT, QEMU, close, done, driver, ids, model
 
-NAMES = [
-    "mamba",
-    "llama-gqa",
-    "retnet",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama-odd-heads", "mamba-biased")),
-]
+SLOW = ("retnet", "llama-odd-heads", "mamba-biased")
+NAMES = ["mamba", "llama-gqa", "retnet", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW[1:])]
 emulated = pytest.mark.skipif(QEMU is None, reason="qemu-user-static is not installed")
 
 
@@ -46,7 +42,7 @@ def test_the_python_api(name: str, threads: int) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mamba", "llama-gqa", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_the_device_bundle(name: str, tmp_path: Path) -> None:
     """The same on aarch64, under emulation, by the bundle's own driver."""
     m = model(name)
