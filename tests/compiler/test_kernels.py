@@ -246,6 +246,29 @@ def test_cached_attention(library: Library, p: CachedAttention, seed: int, where
     assert np.array_equal(present_v, want_v[0].astype(np.float32), equal_nan=True)
 
 
+@named(variants.rings())
+@settings(max_examples=6, derandomize=True, deadline=None)
+@given(seed=seeds, position=st.sampled_from([0, 1, 3, 60, 999, (1 << 40) + 7]))
+def test_window_attention(library: Library, p: CachedAttention, seed: int, position: int) -> None:
+    """Rows that hold no token yet are NaN; positions go beyond 32 bits."""
+    d = Draw(seed)
+    q, q64 = d.rows(p.T, p.ldq, p.H * p.d)
+    k, k64 = d.rows(p.T, p.ldk, p.Hk * p.d)
+    v, v64 = d.rows(p.T, p.ldv, p.Hk * p.d)
+    past_k, past_v = d.normal(p.Hk, p.N, p.d), d.normal(p.Hk, p.N, p.d)
+    past_k[:, position:], past_v[:, position:] = np.nan, np.nan
+    at = np.array([position], np.int64)
+    shifts = [*d.shifts(5), 0, *d.shifts(1)]
+    arrays = [q, k, v, past_k, past_v, at, unset(p.T, p.H * p.d)]
+    present_k, present_v, o = library.call(ref(p), arrays, "rrrmmrw", shifts, seed)
+    want, want_k, want_v = standard.window_attention(
+        q64, k64, v64, past_k[None], past_v[None], at, p.H, p.Hk, float(np.float32(p.scale))
+    )
+    close(o, want)
+    assert np.array_equal(present_k, want_k[0].astype(np.float32), equal_nan=True)
+    assert np.array_equal(present_v, want_v[0].astype(np.float32), equal_nan=True)
+
+
 @named(variants.copies())
 def test_copy(library: Library, p: Copy) -> None:
     x = np.random.default_rng(p.n).integers(0, 2, p.n).astype(p.dtype)

@@ -137,8 +137,23 @@ def attentions() -> list[CachedAttention]:
     return found
 
 
+def rings() -> list[CachedAttention]:
+    size = _Sizes(9)
+    found = [
+        CachedAttention(1, 1, 1, 1, 1, 1, 1, 1, 1.0, True),
+        CachedAttention(1, 9, 3, 10, 150, 90, 30, 30, 0.3, True),
+        CachedAttention(9, 4, 2, 16, 4, 64, 32, 32, 0.25, True),
+    ]
+    for _ in range(3):
+        kv, t = size.below(3), size.below(20)
+        h, d = kv * size.below(4), size.below(40)
+        widths = (size.apart(h * d), size.apart(kv * d), size.apart(kv * d))
+        found.append(CachedAttention(t, h, kv, d, size.below(90), *widths, float(d) ** -0.5, True))
+    return found
+
+
 def copies() -> list[Copy]:
     return [Copy(1, "float32"), Copy(77, "float32"), Copy(5, "int64"), Copy(19, "bool"), Copy(33, "int32")]
 
 
-EVERY = [*linears(), *norms(), *embeds(), *convs(), *scans(), *glus(), *rotaries(), *attentions(), *copies()]
+EVERY = [*linears(), *norms(), *embeds(), *convs(), *scans(), *glus(), *rotaries(), *attentions(), *rings(), *copies()]
