@@ -106,7 +106,7 @@ def test_silero_says_what_it_said_of_another_clip_and_voice(ifless: Path) -> Non
 
 
 def test_silero_on_aarch64(tmp_path: Path) -> None:
-    """Compiled for a Raspberry Pi 5, run by its emulated processor; half of the clip in one process, half in the next."""
+    """Compiled for a Raspberry Pi 5 and run emulated: half of the clip in one process, half in the next."""
     profile = load_profile("raspberry-pi-5")
     if shutil.which("qemu-aarch64-static") is None:
         pytest.skip("qemu-aarch64-static is not installed: apt-get install qemu-user-static")

@@ -24,13 +24,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from edgeseq.errors import CompileError, EdgeseqError
 from edgeseq.ops import register_all
 from edgeseq.spec import GraphFile, Manifest, StepSignature, TensorSpec
 
 from ..rules import rules_by_op
 from .golden import write_golden
 from .options import ImportOptions, state_pairs
-from .read import digest, read_model
+from .read import digest, first_line, read_model
 from .shapes import bind_shapes, bind_values, dtype_name, forget_shapes, real_inputs, require_static, static_shape
 from .simplify import simplify
 from .state import name_state, take_defaults
@@ -62,6 +63,15 @@ def import_onnx(path: Path, options: ImportOptions) -> Imported:
     """
     register_all()
     proto = read_model(path)
+    try:
+        return _imported(path, proto, options)
+    except EdgeseqError:
+        raise
+    except Exception as error:  # what the libraries raise on a file that is valid and still makes no sense
+        raise CompileError(f"{path.name} cannot be read as a step: {first_line(error.__cause__ or error)}") from error
+
+
+def _imported(path: Path, proto: onnx.ModelProto, options: ImportOptions) -> Imported:
     digests = digest(path, proto)
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)

@@ -15,7 +15,7 @@ from .build import Build, constant_of
 from .shapes import static_shape
 
 MAX_STEPS = 1024
-MAX_UNROLLED_NODES = 50_000
+MAX_UNROLLED_NODES = 20_000
 
 
 def inline_control_flow(graph: ir.Graph, label: str) -> bool:
@@ -75,7 +75,7 @@ def _scan(node: ir.Node, build: Build, label: str) -> list[ir.Value]:
         lengths.append(shape[axis])
     if len(set(lengths)) != 1:
         raise CompileError(f"{label}: a Scan runs over axes of the lengths {', '.join(map(str, lengths))}")
-    steps = _bounded(lengths[0], body, "Scan", label)
+    steps = _bounded(lengths[0], body, build, label)
     rows: list[list[ir.Value]] = [[] for _ in range(n_out)]
     for t in range(steps):
         slices = [
@@ -112,7 +112,7 @@ def _loop(node: ir.Node, build: Build, label: str) -> list[ir.Value]:
     state = [v for v in node.inputs[2:] if v is not None]
     rows: list[list[ir.Value]] = [[] for _ in range(len(body.outputs) - 1 - n_state)]
     condition = build.const(True, np.bool_)
-    for t in range(_bounded(int(trips.reshape(-1)[0]), body, "Loop", label)):
+    for t in range(_bounded(int(trips.reshape(-1)[0]), body, build, label)):
         made = _splice(build, body, [build.const(t), condition, *state])
         state = made[1 : 1 + n_state]
         for row, value in zip(rows, made[1 + n_state :]):
@@ -130,9 +130,10 @@ def _ints(node: ir.Node, name: str, n: int) -> list[int]:
     return list(attribute.as_ints()) if attribute is not None else [0] * n
 
 
-def _bounded(steps: int, body: ir.Graph, what: str, label: str) -> int:
-    nodes = sum(1 for _ in body) * steps
-    if steps > MAX_STEPS or nodes > MAX_UNROLLED_NODES:
+def _bounded(steps: int, body: ir.Graph, build: Build, label: str) -> int:
+    """`steps`, if the whole graph stays small enough to compile; bodies inside the body count too."""
+    what, nodes = build.node.op_type, sum(1 for _ in body.all_nodes()) * steps
+    if steps > MAX_STEPS or nodes + build.graph.num_nodes() > MAX_UNROLLED_NODES:
         raise CompileError(
             f"{label}: a {what} of {steps} steps and {nodes} nodes is too long to unroll",
             f"give it at most {MAX_STEPS} steps a call, with a smaller --shape or --dim",

@@ -53,14 +53,17 @@ def _static(name: str, value: ir.Value, options: ImportOptions) -> tuple[int, ..
     if declared is None:
         declared = tuple(ir.SymbolicDim(None) for _ in given or ())
     if given is not None and len(given) != len(declared):
-        raise UsageError(f"--shape gives {name!r} {len(given)} dimensions, the file {_text(declared)}")
+        raise UsageError(
+            f"--shape gives {name!r} {len(given)} dimensions, the file {_text(declared)}", "give one size per dimension"
+        )
     dims = []
     for axis, dim in enumerate(declared):
         size = dim if isinstance(dim, int) else options.dims.get(str(dim.value)) if dim.value else None
         if given is not None:
             if size is not None and size != given[axis]:
                 raise UsageError(
-                    f"--shape gives axis {axis} of {name!r} the size {given[axis]}, elsewhere it is {size}"
+                    f"--shape gives axis {axis} of {name!r} the size {given[axis]}, elsewhere it is {size}",
+                    "a size that the file fixes cannot change",
                 )
             size = given[axis]
         if size is None:
@@ -68,7 +71,7 @@ def _static(name: str, value: ir.Value, options: ImportOptions) -> tuple[int, ..
             hint = f"give --dim {symbol}=1" if symbol else f"give --shape {name}=1,…"
             raise UsageError(f"axis {axis} of input {name!r} has no size: the file says {_text(declared)}", hint)
         if size < 1:
-            raise UsageError(f"axis {axis} of input {name!r} has the size {size}")
+            raise UsageError(f"axis {axis} of input {name!r} has the size {size}", "sizes begin at 1")
         dims.append(int(size))
     return tuple(dims)
 
@@ -103,17 +106,19 @@ def _parse(name: str, text: str, value: ir.Value) -> np.ndarray:
     if dtype not in DTYPE_BYTES or dtype == "bfloat16":
         raise UsageError(f"--value cannot set {name!r}, which is {dtype}")
     words = {"true": "1", "false": "0"}
+    hint = f"it is {dtype} {list(shape)}: give one number for all, or one each"
     try:
         numbers = [float(words.get(p.strip().lower(), p)) for p in text.split(",")]
     except ValueError:
-        raise UsageError(f"--value {name}={text} is not a number or a list of numbers") from None
+        raise UsageError(f"--value {name}={text} is not a number or a list of numbers", hint) from None
     array = np.array(numbers, np.float64)
-    cast = array.astype(dtype)
+    with np.errstate(invalid="ignore"):
+        cast = array.astype(dtype)
     if "float" not in dtype and not np.array_equal(cast.astype(np.float64), array):
-        raise UsageError(f"--value {name}={text} does not fit {dtype}")
+        raise UsageError(f"--value {name}={text} does not fit {dtype}", hint)
     size = int(np.prod(shape))
     if cast.size not in (1, size):
-        raise UsageError(f"--value gives {name!r} {cast.size} numbers, its shape {list(shape)} holds {size}")
+        raise UsageError(f"--value gives {name!r} {cast.size} numbers, its shape {list(shape)} holds {size}", hint)
     return np.broadcast_to(cast.reshape(shape if cast.size == size else ()), shape).copy()
 
 
