@@ -93,6 +93,7 @@ def test_constants_that_would_fill_the_memory_are_not_folded(name: str, tmp_path
     assert time.process_time() - begin < 20
 
 
+@pytest.mark.slow
 def test_nested_bodies_multiply_and_are_stopped(tmp_path: Path) -> None:
     """Four loops of 200 steps in one another: 1.6e9 additions in half a page."""
     F = onnx.TensorProto.FLOAT

@@ -21,7 +21,7 @@ from .support import Stream, Theirs, compare, model_of, value
 names = st.text("ab:,.=/", min_size=1, max_size=4)
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(st.lists(st.tuples(names, names), min_size=1, max_size=3, unique_by=(lambda p: p[0], lambda p: p[1])))
 def test_pairs_of_any_names_are_found_again(pairs: list[tuple[str, str]]) -> None:
     """One pair an option: no name is too strange. In one option, names without commas and colons."""

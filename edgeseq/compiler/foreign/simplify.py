@@ -27,8 +27,10 @@ MAX_ROUNDS = 64
 def simplify(model: ir.Model, label: str, known: Callable[[str, str], bool]) -> None:
     """Rewrite `model` in place. known(domain, op): whether the compiler has a rule for it, so that it stays.
 
-    Raises CompileError where control flow depends on computed values or is longer than can be unrolled.
+    Outputs keep their names and their order. Raises CompileError where control flow depends on computed values or is
+    longer than can be unrolled.
     """
+    outputs = [str(v.name) for v in model.graph.outputs]
     with _quiet():
         _guard(label, "its functions cannot be inlined", lambda: _inline(model, known))
         _fold(model, label)
@@ -48,6 +50,7 @@ def simplify(model: ir.Model, label: str, known: Callable[[str, str], bool]) -> 
         if decompose(model, label):
             _fold(model, label)
         _guard(label, "it cannot be tidied", lambda: _tidy(model))
+        _restore_outputs(model.graph, outputs)
         _drop_unread(model.graph)
 
 
@@ -90,6 +93,25 @@ def _tidy(model: ir.Model) -> None:
         common.NameFixPass(), common.TopologicalSortPass(),
     ):  # fmt: skip
         one(model)
+
+
+def _restore_outputs(graph: ir.Graph, names: list[str]) -> None:
+    """Every output is a computed value of its own name again: the passes merge equal ones and drop Identity nodes."""
+    seen: set[int] = set()
+    for at, value in enumerate(list(graph.outputs)):
+        if value.producer() is None or id(value) in seen:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[at] = value = node.outputs[0]
+        seen.add(id(value))
+    taken = set(names)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken and id(value) not in seen:
+                value.name = f"{value.name}.inner"
+    for name, value in zip(names, graph.outputs, strict=True):
+        value.name = name
 
 
 def _drop_unread(graph: ir.Graph) -> None:
