@@ -20,7 +20,7 @@ from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, pieces, splat, store
 
-
+Decay = Literal["none", "constant", "head", "key"]
 SCRATCH = 1 << 14  # floats of state that an erasing block holds on its thread's stack
 
 
@@ -41,7 +41,7 @@ class LinearAttention:
     ldq: int
     ldk: int
     ldv: int
-    decay: Literal["none", "constant", "head", "key"] = "none"
+    decay: Decay = "none"
     erase: Literal["none", "key", "free"] = "none"
     ldg: int = 0
     ldb: int = 0

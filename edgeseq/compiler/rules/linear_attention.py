@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..ir import Arg, KernelRef
-from ..kernels.linear_attention import LinearAttention, token_tile
+from ..kernels.linear_attention import Decay, LinearAttention, token_tile
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         qv, kv, vv = (low.rows(n) for n in (q, k, v))
         gv = low.weight(constant, "plain") if constant else low.rows(decay) if decay else None
         bv = low.rows(beta) if beta else None
-        kind = "constant" if constant else "none" if gv is None else "head" if gv.cols == heads else "key"
+        kind: Decay = "constant" if constant else "none" if gv is None else "head" if gv.cols == heads else "key"
         params = LinearAttention(
             T=vv.rows, H=heads, K=key_width, V=value_width, Hq=q_heads, Hk=k_heads, ldq=qv.ld, ldk=kv.ld, ldv=vv.ld,
             decay=kind, erase="key" if bv else "none", ldg=0 if constant or gv is None else gv.ld,
