@@ -23,7 +23,7 @@ from devices.transports import open_transport
 from edgeseq.bench import machine
 from edgeseq.bench.cases import Case, check_context, make_cases
 from edgeseq.bench.crossover import crossover_rows
-from edgeseq.bench.device import measure_on_device
+from edgeseq.bench.device import measure_on_device, peak_rss_bytes
 from edgeseq.bench.engines import BundleEngine, Engine
 from edgeseq.bench.measure import LEAST, Progress, measure
 from edgeseq.bench.rivals import Rival, open_rivals
@@ -31,7 +31,7 @@ from edgeseq.bench.rows import Row, Subject, make_row
 from edgeseq.bundle.directory import require_bundle
 from edgeseq.bundle.plan import Plan
 from edgeseq.bundle.reader import BundleFile
-from edgeseq.errors import BundleError, EdgeseqError, UsageError
+from edgeseq.errors import EdgeseqError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.verify.report import Report, Stage
 
@@ -198,15 +198,10 @@ def _passed(report: Report) -> Report:
 
 def memory_of(engine: BundleEngine) -> int | None:
     """Peak resident bytes of a process of its own that runs the bundle's driver; None where that cannot run."""
-    sizes = [g.tokens for g in engine.model.info.graphs]
-    longest = min(max(sizes), engine.context or max(sizes))
-    case = Case(longest, 0, 0)
     try:
-        (found,) = measure_on_device([engine.bundle], [case], 1, load_profile("host"), engine.threads,
-                                     lambda what, done, total: None, machine.MIB)  # fmt: skip
-    except (EdgeseqError, BundleError):
+        return peak_rss_bytes(engine.bundle, load_profile("host"), engine.threads)
+    except (EdgeseqError, ValueError):
         return None
-    return found.peak_rss_bytes
 
 
 def _on_device(request: Request, profile: Profile, cases: Sequence[Case], result: Result, progress: Progress) -> None:

@@ -164,7 +164,7 @@ def test_on_a_device_its_driver_is_timed(tmp_path: Path) -> None:
     for row in rows:
         assert set(row) == set(LLAMA_BENCH) | set(OURS) | OPTIONAL
         assert len(row["samples_ns"]) == 2 and row["verified"] is True and row["device"] == "host"
-        assert row["read_bw_gbs"] > 0 and row["n_threads"] == 1
+        assert row["read_bw_gbs"] > 0 and row["n_threads"] == 1 and 0 < row["peak_rss_bytes"] < 64 << 20
 
 
 @pytest.mark.parametrize(

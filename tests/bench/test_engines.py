@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import edgeseq
+from devices.profile import load_profile
+from devices.transports.base import Completed, Transport
+from edgeseq.bench import device
 from edgeseq.bench import engines as module
+from edgeseq.bench.cases import Case
 from edgeseq.bench.engines import BundleEngine
 from edgeseq.bench.rivals import OrtEngine, TorchEngine
 from edgeseq.bench.synthetic import saved_state, slot_values
 from edgeseq.bundle.reader import BundleFile
-from edgeseq.errors import BundleError, UsageError
+from edgeseq.errors import BundleError, DeviceError, UsageError
 from edgeseq.spec import StateSlot
 from tests import bundles
 
@@ -99,3 +104,46 @@ def test_what_cannot_be_timed(tmp_path: Path) -> None:
         BundleEngine(bundles.bundled("filter"), 1)
     with pytest.raises(UsageError, match="no family"):
         TorchEngine(bundles.exported("filter"), 1)
+
+
+class _Babbling(Transport):
+    """A device whose driver says what the test wants."""
+
+    said = ""
+
+    def push(self, bundle: Path) -> str:
+        return ""
+
+    def run(self, argv: Sequence[str], timeout: float = 600.0) -> Completed:
+        return Completed(tuple(argv), 0, self.said, "")
+
+    def scratch(self, name: str) -> str:
+        return name
+
+    def read(self, path: str) -> bytes:
+        return b""
+
+    def write(self, path: str, data: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [
+        ("Segmentation fault", "no measurement"),
+        ("[1]", "no measurement"),
+        ("7", "no measurement"),
+        ('{"test": "tg1"}', "no measurement"),
+        ('{"test": "machine", "n_threads": "x", "read_bw": 1}', "no measurement"),
+        ('{"test": "machine", "n_threads": 1, "read_bw": 1}', "did not measure tg1"),
+    ],
+)
+def test_a_driver_that_says_nonsense(said: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Babbling, "said", said)
+    monkeypatch.setattr(device, "open_transport", _Babbling)
+    profile, quiet = load_profile("host"), lambda what, done, total: None
+    with pytest.raises(DeviceError, match=sentence):
+        device.measure_on_device([bundles.bundled("mamba")], [Case(0, 1, 0)], 1, profile, 1, quiet)

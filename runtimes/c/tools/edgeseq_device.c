@@ -157,9 +157,11 @@ static void run(device *d)
         printf("{\"tokens\":[");
         for (size_t i = 0; i < n; i++)
             printf("%s%d", i > 0 ? "," : "", (int)ids[i]);
-        printf("],\"prompt_tokens\":%llu,\"position\":%llu,\"prefill_tok_s\":%.3f,\"decode_tok_s\":%.3f}\n",
+        printf("],\"prompt_tokens\":%llu,\"position\":%llu,\"prefill_tok_s\":%.3f,\"decode_tok_s\":%.3f,"
+               "\"peak_rss_bytes\":%llu}\n",
                (unsigned long long)d->n_tokens, (unsigned long long)es_position(d->session),
-               per_second(d->n_tokens, middle - start), per_second(n, end - middle));
+               per_second(d->n_tokens, middle - start), per_second(n, end - middle),
+               (unsigned long long)peak_rss_bytes());
     }
     free(ids);
 }
