@@ -374,3 +374,64 @@ def wkv4(k: Tensor, v: Tensor, time_decay: Tensor, time_first: Tensor, past: Ten
     Returns o [B,T,C] and present [B,3,C].
     """
     return _wkv4(k, v, time_decay, time_first, past)
+
+
+@torch.library.custom_op("edgeseq::window_attention", mutates_args=())
+def _window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    position: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, rows = q.shape[1], past_k.shape[2]
+    t = torch.arange(tokens)
+    # token in each column, counted from the first new one: the ring before, then the chunk
+    ring = -1 - torch.remainder(position[:, None] - 1 - torch.arange(rows), rows)
+    column = torch.cat([ring, t.expand(len(position), tokens)], 1)[:, None, :]
+    oldest = torch.maximum(t - rows + 1, -position[:, None])[:, :, None]
+    visible = (column <= t[:, None]) & (column >= oldest)  # [B,T,W+T]
+
+    kh, vh = (x.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for x in (k, v))
+    written = (column >= -position[:, None, None])[:, :, :, None]  # [B,1,W+T,1]; the rest may be anything
+    keys = torch.cat([past_k, kh], 2).masked_fill(~written, 0.0)
+    values = torch.cat([past_v, vh], 2).masked_fill(~written, 0.0)
+    qh = q.unflatten(-1, (num_kv_heads, num_heads // num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B,Hk,G,T,d]
+    scores = scale * (qh @ keys[:, :, None].transpose(-1, -2))
+    weights = torch.softmax(scores.masked_fill(~visible[:, None, None], -math.inf), -1)
+    o = (weights @ values[:, :, None]).permute(0, 3, 1, 2, 4).flatten(2)
+
+    last = min(tokens, rows)
+    row = torch.remainder(position[:, None] + torch.arange(tokens - last, tokens), rows)
+    index = row[:, None, :, None].expand(-1, num_kv_heads, -1, past_k.shape[3])
+    present = (past.scatter(2, index, new[:, :, -last:]) for past, new in ((past_k, kh), (past_v, vh)))
+    return (o.contiguous(), *present)
+
+
+_window_attention.register_fake(
+    lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[3]), torch.empty_like(args[4]))
+)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    position: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention to the last W tokens, the current one counted, over a ring whose row p mod W holds token p.
+
+    q [B,T,H*d]; k, v [B,T,Hk*d]; past_k, past_v [B,Hk,W,d]; position [B] int64, tokens seen so far (no limit).
+    Query head h reads key/value head h // (H/Hk). A row that no token was written to is never read.
+    Returns o [B,T,H*d], present_k, present_v.
+    """
+    return _window_attention(q, k, v, past_k, past_v, position, num_heads, num_kv_heads, scale)

@@ -124,3 +124,15 @@ def attention_parallel(q: Tensor, k: Tensor, v: Tensor, num_heads: int, num_kv_h
     grouped = num_heads != num_kv_heads
     o = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2).flatten(2)
+
+
+def window_attention_parallel(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, num_kv_heads: int, scale: float, window: int
+) -> Tensor:
+    """Causal attention to the last `window` tokens, the current one counted; shapes as in `attention_parallel`."""
+    qh, kh, vh = _heads(q, num_heads), _heads(k, num_kv_heads), _heads(v, num_kv_heads)
+    i = torch.arange(q.shape[1], device=q.device)
+    age = i[:, None] - i
+    mask, grouped = (age >= 0) & (age < window), num_heads != num_kv_heads
+    o = F.scaled_dot_product_attention(qh, kh, vh, mask, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2).flatten(2)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -104,13 +104,22 @@ class TransformerLayer(nn.Module):
     def feed_forward(self, h: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
+    def attend_whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        c = self.c
+        return parallel.attention_parallel(q, k, v, c.n_heads, c.n_kv_heads, c.head_dim**-0.5)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.c
+        return ops.cached_attention(q, k, v, key, value, position, c.n_heads, c.n_kv_heads, c.head_dim**-0.5)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         c = self.c
         h = ops.rms_norm_parallel(x, self.norm, c.eps)
         q = ops.rotary_parallel(self.q_proj(h), cos, sin, c.n_heads, False)
         k = ops.rotary_parallel(self.k_proj(h), cos, sin, c.n_kv_heads, False)
-        o = parallel.attention_parallel(q, k, self.v_proj(h), c.n_heads, c.n_kv_heads, c.head_dim**-0.5)
-        x = x + self.o_proj(o)
+        x = x + self.o_proj(self.attend_whole(q, k, self.v_proj(h)))
         return x + self.feed_forward(ops.rms_norm_parallel(x, self.ff_norm, c.eps))
 
     def advance(
@@ -120,8 +129,7 @@ class TransformerLayer(nn.Module):
         h = ops.rms_norm(x, self.norm, c.eps)
         q = ops.rotary(self.q_proj(h), cos, sin, c.n_heads, False)
         k = ops.rotary(self.k_proj(h), cos, sin, c.n_kv_heads, False)
-        v, scale = self.v_proj(h), c.head_dim**-0.5
-        o, key, value = ops.cached_attention(q, k, v, key, value, position, c.n_heads, c.n_kv_heads, scale)
+        o, key, value = self.attend(q, k, self.v_proj(h), key, value, position)
         x = x + self.o_proj(o)
         return x + self.feed_forward(ops.rms_norm(x, self.ff_norm, c.eps)), key, value
 
@@ -129,11 +137,13 @@ class TransformerLayer(nn.Module):
 class Transformer(SequenceModel):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`."""
 
+    layer_type: ClassVar[type[TransformerLayer]] = TransformerLayer
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(self.layer_type(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.head = None if config.tie else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.register_buffer("frequency", torch.empty(config.head_dim // 2, dtype=torch.int64))

@@ -86,6 +86,36 @@ def cached_attention(
     return o.reshape(batch, tokens, -1), caches[0], caches[1]
 
 
+def window_attention(
+    q: NDArray, k: NDArray, v: NDArray, past_k: NDArray, past_v: NDArray, position: NDArray,
+    num_heads: int, num_kv_heads: int, scale: float,
+) -> tuple[NDArray, NDArray, NDArray]:  # fmt: skip
+    """Causal attention to the last W tokens over a ring whose row p mod W holds token p.
+
+    q[B,T,H*d], k and v[B,T,Hk*d], past_k and past_v[B,Hk,W,d], position[B] -> o[B,T,H*d], present_k, present_v.
+    Token position+t replaces token position+t-W, which neither it nor a later one sees; a row that holds no token is
+    never read. ONNX: Attention (24) over Concat(past, new) with a mask, then TensorScatter (24) twice, circular.
+    """
+    batch, tokens, _ = q.shape
+    heads = q.reshape(batch, tokens, num_heads, -1)  # [B,T,H,d]
+    rings = [past.astype(q.dtype) for past in (past_k, past_v)]
+    new = [x.reshape(batch, tokens, num_kv_heads, -1) for x in (k, v)]
+    rows = past_k.shape[2]
+    o = np.empty(heads.shape[:3] + (past_v.shape[-1],), q.dtype)
+    for b in range(batch):
+        for t in range(tokens):
+            token = int(position[b]) + t
+            for ring, x in zip(rings, new, strict=True):
+                ring[b, :, token % rows] = x[b, t]
+            held = min(token + 1, rows)
+            for h in range(num_heads):
+                group = h * num_kv_heads // num_heads
+                score = rings[0][b, group, :held] @ heads[b, t, h] * scale
+                weight = np.exp(score - score.max())
+                o[b, t, h] = weight @ rings[1][b, group, :held] / weight.sum()
+    return o.reshape(batch, tokens, -1), rings[0], rings[1]
+
+
 def linear_attention(
     q: NDArray, k: NDArray, v: NDArray, past: NDArray, decay: NDArray | None, beta: NDArray | None,
     rule: str, num_heads: int, num_kv_heads: int, scale: float,

@@ -9,6 +9,7 @@ from torch import Tensor
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
 from edgeseq.models.mamba import MambaConfig
+from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.retnet import RetNetConfig
 from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
@@ -22,6 +23,7 @@ CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
 ODD = {
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
+    "mistral-odd": MistralConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, rope=LLAMA3, window=5),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
     "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),

@@ -85,7 +85,7 @@ def test_a_longer_context_changes_nothing(name: str) -> None:
     assert_equal(long, short)
 
 
-@pytest.mark.parametrize("name", ["transformer-gqa", "transformer-tiny"])
+@pytest.mark.parametrize("name", ["transformer-gqa", "transformer-tiny", "mistral-odd", "mistral-tiny"])
 def test_rows_of_the_cache_beyond_the_position_are_never_read(name: str) -> None:
     model, tokens, whole = case(name)
     state = [torch.full_like(t, torch.nan) for t in model.initial_state(2, CONTEXT)]
@@ -95,8 +95,9 @@ def test_rows_of_the_cache_beyond_the_position_are_never_read(name: str) -> None
             assert_equal(logits[:, 0], whole[:, start + 4])
 
 
-def test_streams_of_one_batch_may_stand_at_different_positions() -> None:
-    model, tokens, whole = case("transformer-gqa")
+@pytest.mark.parametrize("name", ["transformer-gqa", "mistral-odd"])
+def test_streams_of_one_batch_may_stand_at_different_positions(name: str) -> None:
+    model, tokens, whole = case(name)
     state = model.initial_state(2, CONTEXT)
     with torch.no_grad():
         _, *first = model.advance(tokens[:, :9], torch.tensor([0, 0]), *state)
@@ -112,6 +113,27 @@ def test_a_full_cache_is_an_error() -> None:
     model, tokens, _ = case("transformer-tiny")
     with torch.no_grad(), pytest.raises(IndexError, match="holds 8 tokens"):
         model.advance(tokens[:, :4], torch.tensor([5, 5]), *model.initial_state(2, 8))
+
+
+def test_no_layer_sees_beyond_its_window() -> None:
+    """Two layers of 5 tokens reach back 8: an older token changes nothing, the eighth does."""
+    model, tokens, whole = case("mistral-odd")
+    for age in (8, 9):
+        other = tokens.clone()
+        other[:, -1 - age] = (other[:, -1 - age] + 1) % model.config.vocab_size
+        with torch.no_grad():
+            changed = (model(other)[:, -1] - whole[:, -1]).abs().max()
+        assert (changed > 1e-4) == (age == 8)
+
+
+def test_a_ring_goes_round_for_ever() -> None:
+    """After 100 000 tokens a ring is still the last W: keys turn by the difference of positions alone."""
+    model, tokens, whole = case("mistral-odd")
+    state, far = model.initial_state(2, CONTEXT), 100_003
+    with torch.no_grad():
+        for start, count in ((0, 3), (3, 1), (4, 20), (24, 13)):
+            logits, *state = model.advance(tokens[:, start : start + count], torch.full((2,), far + start), *state)
+    assert_equal(logits[:, 0], whole[:, -1])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, TOKENS, 100])

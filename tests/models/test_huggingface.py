@@ -36,6 +36,11 @@ LLAMA: dict[str, dict[str, Any]] = {
         "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}},
 }
+MISTRAL: dict[str, dict[str, Any]] = {
+    "gqa": {"vocab_size": 1009, "hidden_size": 90, "intermediate_size": 77, "num_hidden_layers": 3,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10, "sliding_window": 9},
+    "narrow": SMALL | {"sliding_window": 4, "num_key_value_heads": 1, "tie_word_embeddings": False},
+}
 # fmt: on
 
 
@@ -64,6 +69,7 @@ def save(family: str, fields: dict[str, Any], folder: Path, **how: Any) -> torch
     config, model = {
         "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     }[family]
     reference = model(config(**fields)).eval()
     randomise(reference)
@@ -71,12 +77,13 @@ def save(family: str, fields: dict[str, Any], folder: Path, **how: Any) -> torch
     return reference
 
 
-CASES = [("mamba", n) for n in MAMBA] + [("llama", n) for n in LLAMA]
+FIELDS = {"mamba": MAMBA, "llama": LLAMA, "mistral": MISTRAL}
+CASES = [(family, name) for family, cases in FIELDS.items() for name in cases]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=[f"{f}-{n}" for f, n in CASES])
 def test_64_greedy_tokens_and_their_logits(family: str, name: str, tmp_path: Path) -> None:
-    reference = save(family, {"mamba": MAMBA, "llama": LLAMA}[family][name], tmp_path)
+    reference = save(family, FIELDS[family][name], tmp_path)
     source = open_source(str(tmp_path))
     model, prompt, count = source.build(), 7, 64
     assert source.param_count() == sum(p.numel() for p in reference.parameters())

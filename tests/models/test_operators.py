@@ -31,6 +31,10 @@ def test_operators_declare_their_shapes(tokens: int) -> None:
             *(draw(b, t, 8), draw(b, t, 4), draw(b, t, 4), cache, cache + 1),
             *(torch.tensor([0, 3]), 2, 1, 0.5),
         ),
+        "window_attention": (
+            *(draw(b, t, 8), draw(b, t, 4), draw(b, t, 4), cache, cache + 1),
+            *(torch.tensor([0, 30]), 2, 1, 0.5),
+        ),
     }
     for name, args in cases.items():
         torch.library.opcheck(

@@ -154,6 +154,23 @@ def test_llama_config(llama: Path, field: str, value: Any, words: list[str]) -> 
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("sliding_window", None, ["sliding_window", "null"]),
+        ("sliding_window", 0, ["sliding_window", "0", "whole number"]),
+        ("attention_bias", True, ["attention_bias", "True"]),
+        ("num_key_value_heads", None, ["4 query heads", "8 key/value heads"]),
+    ],
+)
+def test_mistral_config(llama: Path, field: str, value: Any, words: list[str]) -> None:
+    configure(llama, model_type="mistral", sliding_window=3)
+    assert open_source(str(llama)).family == "mistral"
+    configure(llama, **{field: value})
+    sentence = refusal(llama)
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
     ("raw", "words"),
     [
         ({"ssm_cfg": {"layer": "Mamba3"}}, ["ssm_cfg.layer", "'Mamba3'"]),

@@ -72,3 +72,23 @@ def test_cached_attention_ignores_what_lies_beyond(
             cache[row, :, at:] = np.nan
     poisoned = standard.cached_attention(*n, position, heads, kv_heads, 0.3)
     np.testing.assert_array_equal(poisoned[0], ours[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 12])
+@pytest.mark.parametrize("position", [(0, 2), (5, 6), (3, 41)])
+def test_window_attention_ignores_what_lies_beyond(
+    rng: np.random.Generator, tokens: int, position: tuple[int, int]
+) -> None:
+    draw, d, rows, heads, kv_heads = rng.standard_normal, 5, 6, 6, 2
+    n, t = both(
+        draw((2, tokens, heads * d)), draw((2, tokens, kv_heads * d)), draw((2, tokens, kv_heads * d)),
+        draw((2, kv_heads, rows, d)), draw((2, kv_heads, rows, d)),
+    )  # fmt: skip
+    at = np.array(position)
+    ours = standard.window_attention(*n, at, heads, kv_heads, 0.3)
+    agree(ours, functional.window_attention(*t, torch.from_numpy(at), heads, kv_heads, 0.3))
+    for cache in (t[3], t[4]):
+        for row, held in enumerate(position):
+            cache[row, :, held:] = torch.nan
+    poisoned = functional.window_attention(*t, torch.from_numpy(at), heads, kv_heads, 0.3)
+    agree(ours[0], poisoned[0])

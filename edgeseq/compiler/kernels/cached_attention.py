@@ -3,6 +3,9 @@
 cache[hk, position + t] <- k[t], v[t];  o[t,h] = softmax_j(scale q[t,h] . K[j]) V,  j <= position + t.
 Blocked online softmax (Dao et al. 2022, algorithm 1): running maximum m, sum l and accumulator in float32, one pass
 over the cache. Rows above position + t are never read.
+
+Ring: token p lies in row p mod N and sees the last N tokens, itself counted. It is written just before it attends, in
+place of a token that neither it nor a later one sees, so rows 0 .. min(p, N-1) are always exactly its window.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ NEVER = -1.0e30
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """T new tokens, H query heads over Hk cached heads of width d, N cache rows; ld*: floats between tokens."""
+    """T new tokens, H query heads over Hk cached heads of width d, N cache rows; ld*: floats between tokens.
+
+    ring: the cache holds the last N tokens and no longer grows.
+    """
 
     T: int
     H: int
@@ -45,6 +51,7 @@ class CachedAttention:
     ldk: int
     ldv: int
     scale: float
+    ring: bool = False
     args = ("q", "k", "v", "past_k", "past_v", "position", "o")
 
 
@@ -60,24 +67,24 @@ def build(name: str, p: CachedAttention) -> Built:
         ("o", "float32", p.T * p.H * p.d),
     ]
     with kernel(name, params) as kern:
-        position = let(T.Cast("int32", kern["position"][0]))
         head = let(kern.block * (p.N * p.d))
-        _append(kern, p, head, position)
-        _attend(kern, p, head, position)
+        if p.ring:
+            _attend(kern, p, head)
+        else:
+            position = let(T.Cast("int32", kern["position"][0]))
+            loop(p.T, lambda t: _append(kern, p, head, t, position + t))
+            _attend(kern, p, head)
     return Built(kern.func, p.Hk)
 
 
-def _append(kern: Kernel, p: CachedAttention, head: Expr, position: Expr) -> None:
-    def row(t: Expr) -> None:
-        for new, ld, cache in (("k", p.ldk, "past_k"), ("v", p.ldv, "past_v")):
-            for i, lanes in pieces(p.d):
-                value = load(kern[new], t * ld + kern.block * p.d + i, lanes)
-                store(kern[cache], head + (position + t) * p.d + i, value, lanes)
-
-    loop(p.T, row)
+def _append(kern: Kernel, p: CachedAttention, head: Expr, t: Expr, row: Expr) -> None:
+    for new, ld, cache in (("k", p.ldk, "past_k"), ("v", p.ldv, "past_v")):
+        for i, lanes in pieces(p.d):
+            value = load(kern[new], t * ld + kern.block * p.d + i, lanes)
+            store(kern[cache], head + row * p.d + i, value, lanes)
 
 
-def _attend(kern: Kernel, p: CachedAttention, head: Expr, position: Expr) -> None:
+def _attend(kern: Kernel, p: CachedAttention, head: Expr) -> None:
     group = p.H // p.Hk
     width = -(-p.d // LANES) * LANES
     scratch, partial = local(LANES), local(LANES)
@@ -89,7 +96,10 @@ def _attend(kern: Kernel, p: CachedAttention, head: Expr, position: Expr) -> Non
         fill(acc, group * width)
         fill(m, group, NEVER)
         fill(total, group)
-        rows = let(position + t + 1)
+        token = let(kern["position"][0] + T.Cast("int64", t))
+        if p.ring:
+            _append(kern, p, head, t, let(T.Cast("int32", token % p.N)))
+        rows = let(T.Cast("int32", tirx.Select(token < p.N, token + 1, T.int64(p.N)) if p.ring else token + 1))
         with T.serial(tirx.ceildiv(rows, TILE)) as tile:
             first = let(tile * TILE)
             count = let(tirx.Select(rows - first < TILE, rows - first, TILE))
