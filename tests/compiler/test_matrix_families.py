@@ -44,6 +44,14 @@ def test_every_stage_agrees(name: str, flavour: str, tmp_path: Path, capfd: pyte
         assert "hq3_hk3" in kernels[0], "B and C were repeated for every head"
 
 
+@pytest.mark.parametrize("flavour", ["onnx", pytest.param("ort", marks=pytest.mark.slow)])
+def test_grouped_queries_and_shared_keys_under_every_rule(flavour: str, tmp_path: Path) -> None:
+    export(f"{Path(__file__).parent / 'grouped_heads.py'}:factory", tmp_path / "export", flavour=flavour, chunks=(7,))
+    bundle = edgeseq.compile(tmp_path / "export", "host", tmp_path / "bundle")
+    report = edgeseq.verify(bundle, export=tmp_path / "export", threads=2)
+    assert report.ok, report.failed
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
 @pytest.mark.parametrize("name", ["mamba2-groups", "gated-delta-net", "linear-transformer"])

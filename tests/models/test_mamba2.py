@@ -112,6 +112,16 @@ def test_spellings_of_an_unbounded_step(limit: Any, tmp_path: Path) -> None:
     assert (config.dt_min, config.dt_max) == (0.0, None)
 
 
+@pytest.mark.parametrize(("name", "size"), [("130m", 128_989_632), ("370m", 368_346_624), ("780m", 780_161_280)])
+def test_public_shapes_and_their_twins(name: str, size: int) -> None:
+    source = open_source(f"zoo:mamba2-{name}")
+    assert source.param_count() == size
+    assert open_source(f"zoo:mamba2-{name}-twin").param_count() == pytest.approx(size, rel=0.02)
+    ssm = sum(s.nbytes for s in source.build("meta").state_slots(0) if s.name.endswith("ssm"))
+    c = source.config
+    assert ssm == 4 * c.n_layers * 2 * c.d_model * 128
+
+
 def test_a_mixer_stands_alone_in_a_hybrid() -> None:
     """What a hybrid uses: its own shape, both orders of gate and norm, state relative to the layer."""
     torch.manual_seed(0)
