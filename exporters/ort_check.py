@@ -85,14 +85,14 @@ class OrtSession:
                 at += size
         return self.logits
 
-    def run(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One step of a model whose inputs are not tokens: named inputs to named outputs, state carried here."""
-        signature = self.model.manifest.step.signature
+    def run(self, inputs: dict[str, NDArray[Any]], steps: int = 1) -> dict[str, NDArray[Any]]:
+        """A step (or chunk) of a model whose inputs are not tokens: named inputs to outputs, state carried here."""
+        signature = self.model.graph(steps).signature
         feeds = dict(inputs) | {f"past.{name}": value for name, value in self._state.items()}
         names = [spec.name for spec in signature.outputs] + [f"present.{name}" for name in self._state]
-        results = dict(zip(names, self._call(1, names, feeds), strict=True))
+        results = dict(zip(names, self._call(steps, names, feeds), strict=True))
         self._state = {name: results.pop(f"present.{name}") for name in self._state}
-        self.position += 1
+        self.position += steps
         return results
 
     def _advance(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:

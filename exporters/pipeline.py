@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from edgeseq.errors import ExportError, UsageError
 from edgeseq.files import new_directory
 from edgeseq.models.base import SequenceModel, signature_of
+from edgeseq.models.user import has_chunks
 from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
 from exporters import golden, lower, weights
 from exporters.quantise import Quantised, quantise_graph
@@ -155,9 +156,9 @@ def _is_chunk(name: str) -> bool:
 def _signatures(model: nn.Module, request: Request) -> list[StepSignature]:
     """The step first, then the chunks. `context` is 0 in the manifest when the state does not depend on it."""
     step = signature_of(model, 1, request.context)
-    if not any(spec.role == "tokens" for spec in step.inputs):
+    if not has_chunks(model):
         if request.chunks:
-            raise UsageError("a model with named inputs has steps only", "leave out --chunk")
+            raise UsageError("this model has steps only", "leave out --chunk, or give the module a chunk() method")
         return [step]
     chunks = request.chunks
     if _grows(model, request.context):

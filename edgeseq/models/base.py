@@ -7,7 +7,7 @@ one constant `FAMILY`. Nothing here knows a family by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -76,7 +76,8 @@ def signature_of(model: nn.Module, tokens: int, context: int) -> StepSignature:
     """Inputs, outputs and state of one call that consumes `tokens` steps.
 
     A token model need not derive from SequenceModel: `advance`, `state_slots` and `config.vocab_size` suffice, and its
-    position counts as used unless it says `uses_position = False`. A model with named inputs has steps only.
+    position counts as used unless it says `uses_position = False`. A model with named inputs has chunks when it has a
+    `chunk` method; axis 1 of its inputs and outputs is then the time.
     """
     if not callable(getattr(model, "advance", None)) or not callable(getattr(model, "state_slots", None)):
         raise SourceError(f"{type(model).__name__} lacks advance() or state_slots()")
@@ -97,9 +98,23 @@ def _named_signature(model: Any, tokens: int, context: int) -> StepSignature:
         specs = getattr(model, field_name, None)
         if not isinstance(specs, tuple) or not specs or not all(isinstance(s, TensorSpec) for s in specs):
             raise SourceError(f"{type(model).__name__}.{field_name} is not a tuple of TensorSpec")
-    if tokens != 1:
-        raise SourceError(f"A model with named inputs has steps only, but a chunk of {tokens} was asked for")
-    return StepSignature(1, model.inputs, model.outputs, tuple(model.state_slots(context)))
+    state = tuple(model.state_slots(context))
+    if tokens == 1:
+        return StepSignature(1, model.inputs, model.outputs, state)
+    if not callable(getattr(model, "chunk", None)):
+        raise SourceError(f"{type(model).__name__} has no chunk(), but a chunk of {tokens} steps was asked for")
+    inputs, outputs = (tuple(_longer(s, tokens) for s in specs) for specs in (model.inputs, model.outputs))
+    return StepSignature(tokens, inputs, outputs, state)
+
+
+def _longer(spec: TensorSpec, tokens: int) -> TensorSpec:
+    """The spec of `tokens` steps in one call."""
+    if len(spec.shape) < 2 or spec.shape[1] != 1:
+        raise SourceError(
+            f"{spec.name} is {list(spec.shape)} a step, so it has no time axis to hold a chunk",
+            "give chunk() inputs and outputs of shape (1, 1, ...): batch, time, and the rest",
+        )
+    return replace(spec, shape=(spec.shape[0], tokens, *spec.shape[2:]))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from edgeseq.errors import EdgeseqError, SourceError, UsageError
 from edgeseq.models.base import signature_of
+from edgeseq.models.user import follow_protocol
 
 
 def _guarded(path: Path, call: Callable[[], Any]) -> Any:
@@ -51,6 +52,7 @@ def make_module(path: Path, name: str) -> nn.Module:
         made = _guarded(path, factory)
         if not isinstance(made, nn.Module):
             raise SourceError(f"{path}: {name}() returned {type(made).__name__}, not a torch.nn.Module")
+        made = follow_protocol(made)
         _guarded(path, lambda: signature_of(made, 1, 1))
     finally:
         sys.path.remove(str(path.parent))

@@ -10,7 +10,7 @@ import numpy as np
 from edgeseq.manifest import load_manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Stage, compare
-from edgeseq.verify.streams import cuts_stage, graph_stages, step_stage
+from edgeseq.verify.streams import cuts_stage, graph_stages, named_chunk_stages, step_stage
 from edgeseq.verify.tolerances import tolerance
 
 
@@ -34,7 +34,7 @@ def _named_stages(model: Any, golden: Golden) -> list[Stage]:
     session = model.session()
     n = len(next(iter(golden.inputs.values())))
     made = [session.run({name: value[i] for name, value in golden.inputs.items()}) for i in range(n)]
-    return [
+    stages = [
         compare(
             "onnxruntime step",
             "PyTorch step",
@@ -45,3 +45,7 @@ def _named_stages(model: Any, golden: Golden) -> list[Stage]:
         )
         for name, wanted in golden.outputs.items()
     ]
+    for size in model.sizes:
+        if size > 1:
+            stages += named_chunk_stages("onnxruntime", "onnx", model.session().run, size, golden)
+    return stages

@@ -12,7 +12,16 @@ from edgeseq.runtime import Model, Session, load
 from edgeseq.spec import Manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Array, Stage, compare
-from edgeseq.verify.streams import SEED, cuts_stage, graph_stages, random_cuts, step_stage, stepped
+from edgeseq.verify.streams import (
+    SEED,
+    NamedRun,
+    cuts_stage,
+    graph_stages,
+    named_chunk_stages,
+    random_cuts,
+    step_stage,
+    stepped,
+)
 from edgeseq.verify.tolerances import tolerance
 
 GREEDY = 32
@@ -139,7 +148,16 @@ def _named_stages(model: Model, golden: Golden) -> list[Stage]:
         moved = np.concatenate([first[name], second[name]]) if half else second[name]
         stages.append(compare("runtime state loaded", "undisturbed", moved, straight[name], 0.0, axes=axes))
         stages.append(compare("runtime state forked", "undisturbed", fork[name], straight[name][half:], 0.0, axes=axes))
+    for index, graph in enumerate(model.info.graphs):
+        if graph.tokens > 1:
+            stages += named_chunk_stages("runtime", "runtime", _by_length(model, index), graph.tokens, golden)
     return stages
+
+
+def _by_length(model: Model, chunk: int) -> NamedRun:
+    """A fresh stream that takes one step, or as many as graph `chunk` consumes."""
+    session = model.session()
+    return lambda inputs, steps: session.run(inputs, chunk if steps > 1 else 0)
 
 
 def _run_named(session: Session, golden: Golden, begin: int, end: int | None = None) -> dict[str, Array]:

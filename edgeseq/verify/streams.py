@@ -56,7 +56,7 @@ def step_stage(name: str, stage: str, fresh: Callable[[], Stream], golden: Golde
     """Every token by itself against the whole-sequence form."""
     assert golden.tokens is not None and golden.logits is not None
     rows = stepped(fresh(), golden.tokens.tolist())
-    return compare(name, WHOLE, rows, golden.logits, tolerance(stage, "float32", golden.logits))
+    return compare(name, WHOLE, rows, golden.logits, golden.bound(stage, golden.logits))
 
 
 def cuts_stage(name: str, stage: str, fresh: Callable[[], Stream], golden: Golden) -> Stage:
@@ -76,7 +76,7 @@ def cuts_stage(name: str, stage: str, fresh: Callable[[], Stream], golden: Golde
         WHOLE,
         np.concatenate(rows),
         golden.logits[ends],
-        tolerance(stage, "float32", golden.logits),
+        golden.bound(stage, golden.logits),
         ends,
         note=f"{len(plans)} ways to cut {n} tokens",
     )
@@ -103,7 +103,7 @@ def graph_stages(
                 f"{engine} {f'chunk{smaller} graph' if smaller > 1 else 'step'}",
                 got,
                 wanted,
-                tolerance(stage, "float32", wanted),
+                golden.bound(stage, wanted),
                 range(size - 1, size + after),
             )
         )
@@ -117,3 +117,37 @@ def _filled(stream: Stream, tokens: Sequence[int], size: int, piece: int) -> Arr
     if len(tokens) > size:
         rest.append(stepped(stream, tokens[size:]))
     return np.concatenate(rest)
+
+
+NamedRun = Callable[[dict[str, Array], int], dict[str, Array]]
+"""Inputs by name and how many steps they hold -> outputs by name, from a fresh state on."""
+
+
+def named_chunk_stages(name: str, stage: str, run: NamedRun, size: int, golden: Golden) -> list[Stage]:
+    """A chunk graph of a model with named inputs, and the steps after it, against the golden's steps.
+
+    Axis 1 of every input and output is the time.
+    """
+    n = len(next(iter(golden.inputs.values())))
+    made: dict[str, list[Array]] = {output: [] for output in golden.outputs}
+    whole = max(1, (n - AFTER) // size) * size
+    if whole > n:
+        return []  # the golden is shorter than the chunk
+    at = 0
+    while at < n:
+        length = size if at < whole else 1
+        inputs = {k: np.concatenate(list(v[at : at + length]), axis=1) for k, v in golden.inputs.items()}
+        for output, value in run(inputs, length).items():
+            made[output] += np.split(value, length, axis=1)
+        at += length
+    return [
+        compare(
+            f"{name} chunk{size} graph",
+            f"{golden.said_by} step",
+            np.stack(made[output]),
+            wanted,
+            golden.bound(stage, wanted, output),
+            axes=("step", f"{output} element"),
+        )
+        for output, wanted in golden.outputs.items()
+    ]

@@ -140,7 +140,12 @@ class _Row:
             loop(p.KH, lambda i: self._if_row_inside(i, lambda: taps(c, i, chain)))
 
         unroll = chains if p.KH == p.KW == 1 and self.channels >= chains else 1
-        loop(self.channels // unroll, lambda s: [channel(s * unroll + u, u) for u in range(unroll)])
+
+        def channels(step: Expr) -> None:
+            for u in range(unroll):
+                channel(step * unroll + u, u)
+
+        loop(self.channels // unroll, channels)
         for c in range(self.channels // unroll * unroll, self.channels):
             channel(c, 0)
         self._finish(acc, at, count, chains)

@@ -1,0 +1,92 @@
+"""Modules that users write: `step`, sometimes `chunk`, state as a tuple."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeseq.spec import StateSlot, TensorSpec
+
+
+class Fusion(nn.Module):
+    """Two sensors of different rank and type in, two results out; a counter and a matrix as state."""
+
+    inputs = (TensorSpec("gyro", "float32", (3,)), TensorSpec("mode", "int64", (1, 2)))
+    outputs = (TensorSpec("pose", "float32", (2, 4)), TensorSpec("count", "int64", (1,)))
+    state = (StateSlot("memory", "float32", (2, 4), 0.5), StateSlot("n", "int64", (1,)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.mix = nn.Linear(3, 4)
+
+    def step(self, gyro: Tensor, mode: Tensor, memory: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        moved = torch.tanh(self.mix(gyro)) * (1 + mode.reshape(2, 1))
+        memory = 0.9 * memory + 0.1 * moved
+        return memory - moved, n + 1, memory, n + 1
+
+
+class Counter(nn.Module):
+    """One output that is no tuple beside no state: the least that is a step."""
+
+    inputs = (TensorSpec("x", "float32", (1, 4)),)
+    outputs = (TensorSpec("y", "float32", (1, 4)),)
+    state = ()
+
+    def step(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + 1
+
+
+@dataclass
+class Config:
+    vocab_size: int = 40
+
+
+class Letters(nn.Module):
+    """A token model with `step` alone: a GRU over letters."""
+
+    config = Config()
+    state = [StateSlot("h", "float32", (1, 24))]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed, self.cell, self.head = nn.Embedding(40, 16), nn.GRUCell(16, 24), nn.Linear(24, 40)
+
+    def step(self, tokens: Tensor, position: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(self.embed(tokens[:, 0]), h)
+        return self.head(h)[:, None], h
+
+
+class LettersInChunks(Letters):
+    def chunk(self, tokens: Tensor, position: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        logits = None
+        for t in range(tokens.shape[1]):
+            logits, h = self.step(tokens[:, t : t + 1], position + t, h)
+        assert logits is not None
+        return logits, h
+
+
+class NoState(Letters):
+    state = None
+
+
+class NoAxis(Counter):
+    """chunk() where no axis is the time."""
+
+    inputs = (TensorSpec("x", "float32", (1, 4)),)
+
+    def chunk(self, x: Tensor) -> Tensor:
+        return self.step(x)
+
+
+fusion, counter, letters, letters_in_chunks, no_state, no_axis = (
+    Fusion,
+    Counter,
+    Letters,
+    LettersInChunks,
+    NoState,
+    NoAxis,
+)
