@@ -6,7 +6,7 @@ any size costs pages of the file and the activations of 48 tokens, never a secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from edgeseq.errors import ExportError
 from edgeseq.models.base import SequenceModel
 from edgeseq.spec import StepSignature
-from exporters.rounding import dequantise
+from exporters.rounding import BLOCK, dequantise
 
 FILE = "golden.safetensors"
 LENGTH = 48
@@ -33,29 +34,71 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
 
     Token models: `tokens` int64 [n] and `logits` float32 [n,V], n = 48 or the context if that is shorter; a module of
     the user's own that is no SequenceModel has no whole form and is stepped. Other step models: `input.<name>` and
-    `output.<name>` [n,...] from seeded Gaussian inputs.
+    `output.<name>` [n,...] from seeded Gaussian inputs. A quantised model has `noise.logits` or `noise.<name>` too,
+    float32 [3]: what rounding the inputs of its quantised products to int8, as a device does, changes in PyTorch; the
+    largest |difference|, the root mean square, and the share of rows with another largest element.
     """
-    load(model, directory / "weights.safetensors")
-    tensors: dict[str, NDArray[Any]]
+    quantised = load(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
     with torch.no_grad():
-        if any(spec.role == "tokens" for spec in signature.inputs):
-            tokens = _tokens(length, signature.outputs[0].shape[-1], byte_level)
-            logits = _whole(model, tokens) if isinstance(model, SequenceModel) else _stepped(model, signature, tokens)
-            tensors = {"tokens": tokens, "logits": logits}
-        else:
-            tensors = _steps(model, signature, length)
+        tensors = _said(model, signature, length, byte_level)
+        if quantised:
+            with RoundedInputs(quantised):
+                rounded = _said(model, signature, length, byte_level)
+            outputs = [name for name in tensors if name == "logits" or name.startswith("output.")]
+            tensors |= {f"noise.{n.removeprefix('output.')}": _noise(tensors[n], rounded[n]) for n in outputs}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise ExportError(f"PyTorch computes values in {name} that are not finite", "check the weights")
     (directory / FILE).write_bytes(save(tensors))
 
 
-def load(model: nn.Module, path: Path) -> None:
+def _said(model: nn.Module, signature: StepSignature, length: int, byte_level: bool) -> dict[str, NDArray[Any]]:
+    if not any(spec.role == "tokens" for spec in signature.inputs):
+        return _steps(model, signature, length)
+    tokens = _tokens(length, signature.outputs[0].shape[-1], byte_level)
+    logits = _whole(model, tokens) if isinstance(model, SequenceModel) else _stepped(model, signature, tokens)
+    return {"tokens": tokens, "logits": logits}
+
+
+def _noise(exact: NDArray[Any], rounded: NDArray[Any]) -> NDArray[np.float32]:
+    n = len(exact)
+    difference = np.abs(rounded.astype(np.float64) - exact)
+    changed = rounded.reshape(n, -1).argmax(1) != exact.reshape(n, -1).argmax(1)
+    return np.array([difference.max(), np.sqrt(np.square(difference).mean()), changed.mean()], np.float32)
+
+
+class RoundedInputs(TorchFunctionMode):
+    """linear() with one of `matrices` sees its input rounded to int8 by blocks of 32, the largest becoming 127.
+
+    A matrix is known by where its memory begins, as tied parameters are several tensors.
+    """
+
+    def __init__(self, matrices: Collection[Tensor]) -> None:
+        super().__init__()
+        self.matrices = {matrix.data_ptr() for matrix in matrices}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear and args[1].data_ptr() in self.matrices:
+            args = (rounded_input(args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def rounded_input(x: Tensor) -> Tensor:
+    """x [..,K] as the sum of its int8 blocks, float32."""
+    width = x.shape[-1]
+    parts = nn.functional.pad(x, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = parts.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return ((parts * inverse).round() * (largest / 127.0)).flatten(-2)[..., :width]
+
+
+def load(model: nn.Module, path: Path) -> list[Tensor]:
     """Give a meta model the weights of an export, mapped and widened to the model's own dtypes; tied ones stay tied.
 
-    A quantised matrix becomes what its codes and scales mean.
+    A quantised matrix becomes what its codes and scales mean; those matrices are returned.
     """
+    quantised: set[Tensor] = set()
     values: dict[Tensor, Tensor] = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
@@ -70,9 +113,11 @@ def load(model: nn.Module, path: Path) -> None:
                     elif f"{full}.codes" in stored:
                         codes, scales = (file.get_tensor(f"{full}.{part}").numpy() for part in ("codes", "scales"))
                         values[tensor] = torch.from_numpy(dequantise(codes, scales, tensor.shape[1]))
+                        quantised.add(tensor)
     for module_name, module in model.named_modules():
         _replace(module._parameters, values, module_name, lambda t: nn.Parameter(t, requires_grad=False))
         _replace(module._buffers, values, module_name, lambda t: t)
+    return [values[tensor] for tensor in quantised]
 
 
 def _replace(

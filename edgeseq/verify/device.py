@@ -15,9 +15,8 @@ from edgeseq.errors import DeviceError
 from edgeseq.spec import Manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Array, Stage, compare
-from edgeseq.verify.runtime import bundle_manifest, same_choices
+from edgeseq.verify.runtime import bundle_manifest, rounding_stages, same_choices
 from edgeseq.verify.streams import AFTER, SEED, WHOLE, random_cuts
-from edgeseq.verify.tolerances import tolerance
 
 MAX_CUTS = 64
 """Pieces that the driver takes in one list."""
@@ -51,7 +50,7 @@ class _Driver:
         if golden.tokens is None or golden.logits is None:
             return self.named_stages(golden)
         tokens: list[int] = golden.tokens.tolist()
-        bound = tolerance("runtime", "float32", golden.logits)
+        bound = golden.bound("runtime", golden.logits)
         about = self.info()
         rows = self.logits(tokens, [1])
         cuts = random_cuts(len(tokens), np.random.default_rng(SEED))[:MAX_CUTS]
@@ -63,9 +62,10 @@ class _Driver:
             self.checksum(),
             compare(f"{self.name} step", WHOLE, rows, golden.logits, bound),
             compare(f"{self.name} prefill", WHOLE, pieces, golden.logits[ends], bound, ends),
-            *self.graphs(golden.tokens, sorted(about["graph_tokens"]), int(about["context"])),
+            *self.graphs(golden, sorted(about["graph_tokens"]), int(about["context"])),
             self.resumed(tokens, rows),
-            same_choices(f"{self.name} greedy tokens", WHOLE, rows, golden.logits),
+            *rounding_stages(f"{self.name} rounding", rows, golden),
+            same_choices(f"{self.name} greedy tokens", WHOLE, rows, golden.logits, golden.noise.get("logits")),
         ]
 
     def same_model(self, found: str) -> Stage:
@@ -80,7 +80,7 @@ class _Driver:
         second = self.frames(golden, n // 2, n, "--load-state", state)
         stages = [self.same_model(str(self.info()["model_id"])), self.checksum()]
         for name, wanted in golden.outputs.items():
-            bound, axes = tolerance("runtime", "float32", wanted), ("step", f"{name} element")
+            bound, axes = golden.bound("runtime", wanted, name), ("step", f"{name} element")
             against = f"{golden.said_by} step"
             stages.append(compare(f"{self.name} step", against, straight[name], wanted, bound, axes=axes))
             moved = np.concatenate([first[name], second[name]])
@@ -119,18 +119,19 @@ class _Driver:
             raise DeviceError(f"the driver on {self.name} does not describe its model: {said[:80]!r}") from None
         return facts
 
-    def graphs(self, golden: Array, sizes: list[int], context: int) -> list[Stage]:
+    def graphs(self, golden: Golden, sizes: list[int], context: int) -> list[Stage]:
         """Each chunk graph against the next smaller one, as in streams.graph_stages."""
         stages = []
+        assert golden.tokens is not None
         state = self.transport.scratch("state")
         for smaller, size in pairwise(sizes):
             after = min(AFTER, context - size) if context else AFTER
-            tokens = np.resize(golden, size + after).tolist()
+            tokens = np.resize(golden.tokens, size + after).tolist()
             got = self.logits(tokens, [size, 1])
             wanted = self.logits(tokens[:size], [smaller], "--save-state", state)[-1:]
             if after:
                 wanted = np.concatenate([wanted, self.logits(tokens[size:], [1], "--load-state", state)])
-            bound = tolerance("runtime", "float32", wanted)
+            bound = golden.bound("runtime", wanted)
             name, against = f"{self.name} chunk{size} graph", f"{smaller} tokens at a time"
             stages.append(compare(name, against, got, wanted, bound, range(size - 1, size + after)))
         return stages

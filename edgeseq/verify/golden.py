@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,30 @@ import numpy as np
 from edgeseq.errors import BundleError, UsageError
 from edgeseq.spec import StepSignature
 from edgeseq.verify.report import Array
+from edgeseq.verify.tolerances import ROUNDING_ELEMENT, tolerance
 
 FILE = "golden.safetensors"
 HINT = "export the model again"
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What rounding the activations of quantised products to int8 did to one output in PyTorch.
+
+    largest: |difference|. mean: root mean square of the differences. changed: share of rows with another largest
+    element.
+    """
+
+    largest: float
+    mean: float
+    changed: float
+
+
+@dataclass(frozen=True)
 class Golden:
     """Token models: tokens int64 [n], logits float32 [n,V]. Other step models: inputs and outputs [n, *shape] by name.
 
-    said_by: who made them.
+    said_by: who made them. noise: of quantised models, by output.
     """
 
     tokens: Array | None
@@ -27,6 +41,14 @@ class Golden:
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     said_by: str = "PyTorch"
+    noise: dict[str, Noise] = field(default_factory=dict)
+
+    def bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
+        """The largest difference from `wanted` that passes at a stage; the runtime of a quantised model rounds."""
+        exact = tolerance(stage, "float32", wanted)
+        if stage != "runtime" or output not in self.noise:
+            return exact
+        return exact + ROUNDING_ELEMENT * self.noise[output].largest
 
 
 def load_golden(directory: Path, signature: StepSignature, family: str = "") -> Golden:
@@ -39,10 +61,12 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
     if not path.is_file():
         raise UsageError(f"{directory} has no {FILE}, so there is nothing to compare with", HINT)
     tensors = _read(path)
+    noise = {spec.name: _noise(path, tensors[f"noise.{spec.name}"]) for spec in signature.outputs
+             if f"noise.{spec.name}" in tensors}  # fmt: skip
     said_by = "onnxruntime" if family == "onnx" else "PyTorch"
     takes_tokens = any(spec.role == "tokens" for spec in signature.inputs)
     if takes_tokens:
-        return _tokens(path, tensors, signature)
+        return replace(_tokens(path, tensors, signature), noise=noise)
     specs = {f"input.{s.name}": s for s in signature.inputs} | {f"output.{s.name}": s for s in signature.outputs}
     lengths = {len(tensors[name]) for name in specs if name in tensors and tensors[name].ndim}
     for name, spec in specs.items():
@@ -56,7 +80,16 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
         {s.name: tensors[f"input.{s.name}"] for s in signature.inputs},
         {s.name: tensors[f"output.{s.name}"] for s in signature.outputs},
         said_by,
+        noise,
     )
+
+
+def _noise(path: Path, values: Array) -> Noise:
+    if values.dtype != np.float32 or values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any():
+        raise BundleError(
+            f"{path}: the noise of rounding is {values.dtype} {list(values.shape)}, not three sizes", HINT
+        )
+    return Noise(*map(float, values))
 
 
 def _read(path: Path) -> dict[str, Array]:

@@ -10,7 +10,7 @@ from edgeseq.bundle.reader import BundleFile
 from edgeseq.errors import BundleError
 from edgeseq.runtime import Model, Session, load
 from edgeseq.spec import Manifest
-from edgeseq.verify.golden import Golden, load_golden
+from edgeseq.verify.golden import Golden, Noise, load_golden
 from edgeseq.verify.report import Array, Stage, compare
 from edgeseq.verify.streams import (
     SEED,
@@ -22,7 +22,7 @@ from edgeseq.verify.streams import (
     step_stage,
     stepped,
 )
-from edgeseq.verify.tolerances import tolerance
+from edgeseq.verify.tolerances import ROUNDING_CHOICES, ROUNDING_ELEMENT, ROUNDING_MEAN, tolerance
 
 GREEDY = 32
 
@@ -96,7 +96,12 @@ def _greedy_stages(model: Model, golden: Golden) -> list[Stage]:
     """The likeliest token after each of the golden's tokens, and a greedy continuation sampled in C."""
     assert golden.tokens is not None and golden.logits is not None
     rows = stepped(model.session(), golden.tokens.tolist())
-    stages = [same_choices("runtime greedy tokens", "PyTorch, whole sequence", rows, golden.logits)]
+    stages = [
+        *rounding_stages("runtime rounding", rows, golden),
+        same_choices(
+            "runtime greedy tokens", "PyTorch, whole sequence", rows, golden.logits, golden.noise.get("logits")
+        ),
+    ]
     half = max(1, len(golden.tokens) // 2)
     room = model.info.context - half if model.info.context else GREEDY
     session = model.session()
@@ -117,17 +122,31 @@ def _column(ids: list[int]) -> Array:
     return np.array(ids, np.int64).reshape(-1, 1)
 
 
-def same_choices(name: str, against: str, got: Array, wanted: Array) -> Stage:
+def same_choices(name: str, against: str, got: Array, wanted: Array, noise: Noise | None = None) -> Stage:
     """Whether both sides choose the same tokens. `worst` counts those that differ; where the reference itself has two
-    candidates nearer to each other than twice the tolerance, either choice is right."""
-    near = 2 * tolerance("runtime", "float32", wanted)
+    candidates nearer to each other than twice the tolerance, either choice is right. With `noise`, so is any choice
+    within its reach, as long as not many more choices differ than noise alone changes."""
+    near = 2 * (tolerance("runtime", "float32", wanted) + (ROUNDING_ELEMENT * noise.largest if noise else 0.0))
     ours, theirs = np.argmax(got, axis=1), np.argmax(wanted, axis=1)
     at = np.arange(len(wanted))
     ties = (ours != theirs) & (wanted[at, theirs] - wanted[at, ours] <= near)
     wrong = np.flatnonzero((ours != theirs) & ~ties)
     where = f"token {wrong[0]}: {ours[wrong[0]]}, expected {theirs[wrong[0]]}" if len(wrong) else ""
     note = f"{len(at)} tokens" + (f", {int(ties.sum())} of them a tie" if ties.any() else "")
-    return Stage(name, against, float(len(wrong)), 0.0, where, len(wrong) == 0, note)
+    few = noise is None or float(ties.mean()) <= noise.changed + ROUNDING_CHOICES
+    return Stage(name, against, float(len(wrong)), 0.0, where, len(wrong) == 0 and few, note)
+
+
+def rounding_stages(name: str, got: Array, golden: Golden) -> list[Stage]:
+    """Of a quantised model: the root mean square of all differences, against that of the same rounding in PyTorch."""
+    if "logits" not in golden.noise:
+        return []
+    assert golden.logits is not None
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = float(np.sqrt(np.square(got.astype(np.float64) - golden.logits).mean()))
+    mean = mean if np.isfinite(mean) else float("inf")
+    limit = ROUNDING_MEAN * golden.noise["logits"].mean + tolerance("runtime", "float32", golden.logits)
+    return [Stage(name, "the same rounding in PyTorch", mean, limit, "root mean square", mean <= limit)]
 
 
 def _named_stages(model: Model, golden: Golden) -> list[Stage]:
@@ -142,7 +161,7 @@ def _named_stages(model: Model, golden: Golden) -> list[Stage]:
     fork = _run_named(session.fork(), golden, half)
     stages = []
     for name, wanted in golden.outputs.items():
-        bound = tolerance("runtime", "float32", wanted)
+        bound = golden.bound("runtime", wanted, name)
         axes = ("step", f"{name} element")
         stages.append(compare("runtime step", f"{golden.said_by} step", straight[name], wanted, bound, axes=axes))
         moved = np.concatenate([first[name], second[name]]) if half else second[name]

@@ -13,7 +13,6 @@ import numpy as np
 
 from edgeseq.verify.golden import Golden
 from edgeseq.verify.report import Array, Stage, compare
-from edgeseq.verify.tolerances import tolerance
 
 SEED = 7
 CUT_SETS = 3

@@ -2,6 +2,10 @@
 
 An element may differ by at most relative * max(1, max|reference|). The parity of fp32 references with one another is
 2e-6 on that scale, so 1e-5 leaves room for another order of summation and none for a wrong formula.
+
+A quantised bundle rounds the activations of its products to int8, which its golden, PyTorch on the same weights, does
+not. How much that moves each output differs from model to model, so the exporter measures it: PyTorch rounds the same
+activations the same way once more, and the golden carries what changed. The runtime may differ by a small multiple.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ TABLE: dict[str, dict[str, float]] = {
     "runtime": {"float32": 1e-5},  # a bundle on a device against PyTorch
 }
 
+ROUNDING_ELEMENT = 4.0  # times the largest difference that rounding made in PyTorch
+ROUNDING_MEAN = 2.0  # times its root mean square
+ROUNDING_CHOICES = 0.125  # more of the positions than in PyTorch may have another likeliest token
+
 
 def tolerance(stage: str, dtype: str, ref: Any) -> float:
     """The largest absolute difference from `ref` that counts as equal; 0 when `ref` is not finite.
 
-    stage: torch, onnx or runtime. dtype: of the arithmetic. Raises UsageError for a pair that the table lacks.
+    stage: a row of the table. dtype: of the arithmetic. Raises UsageError for a pair that the table lacks.
     """
     relative = TABLE.get(stage, {}).get(dtype)
     if relative is None:

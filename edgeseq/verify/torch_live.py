@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeseq.errors import SourceError, UsageError
 from edgeseq.manifest import load_manifest
+from edgeseq.spec import Manifest
 from edgeseq.verify.golden import load_golden
 from edgeseq.verify.report import Array, Stage, compare
 from edgeseq.verify.streams import cuts_stage, step_stage
@@ -41,6 +42,19 @@ class TorchStream:
         return self.prefill([token])
 
 
+def _rebuilt(manifest: Manifest, directory: Path) -> Any:
+    """The source's module: with the source's weights, or with the export's where those were rounded on the way."""
+    from edgeseq.models.source import open_source
+    from exporters import golden
+
+    source = open_source(manifest.source)
+    if (manifest.quant, manifest.dtype) == ("none", "float32"):
+        return source.build("cpu")
+    model = source.build("meta")
+    golden.load(model, directory / "weights.safetensors")
+    return model
+
+
 def live_stages(directory: Path) -> list[Stage]:
     """Whole, step and chunk form of the model rebuilt from `manifest.source`, against the golden.
 
@@ -49,12 +63,11 @@ def live_stages(directory: Path) -> list[Stage]:
     import torch
 
     from edgeseq.models.base import SequenceModel
-    from edgeseq.models.source import open_source
 
     manifest = load_manifest(directory)
     golden = load_golden(directory, manifest.step.signature)
     try:
-        model = open_source(manifest.source).build("cpu").eval()
+        model = _rebuilt(manifest, directory).eval()
     except (UsageError, SourceError) as error:
         raise UsageError(
             f"the source {manifest.source} cannot be built again: {error.sentence}",
