@@ -117,9 +117,26 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
     try:
         with warnings.catch_warnings(), TvmTarget({"kind": "llvm"}):
             warnings.simplefilter("ignore")  # the importer's checker is older than our operators
-            return module_pass_sequence(passes)(onnx_frontend.from_onnx(model)), inputs
+            return module_pass_sequence(passes)(_in_bounds(onnx_frontend.from_onnx(model))), inputs
     except Exception as error:  # converters and shape rules raise whatever they meet
         raise _import_error(graph, nodes, error) from error
+
+
+@relax.expr_functor.mutator
+class _Clipping(relax.PyExprMutator):
+    """Gather reads what lies nearest where an index is out of range; the importer's choice reads any memory."""
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        if getattr(call.op, "name", "") != "relax.take" or str(call.attrs.mode) != "fast":
+            return call
+        axis = None if call.attrs.axis is None else int(call.attrs.axis)
+        return relax.op.take(*call.args, axis=axis, mode="clip")
+
+
+def _in_bounds(module: IRModule) -> IRModule:
+    module.update_func(module.get_global_var("main"), _Clipping(module).visit_expr(module["main"]))
+    return module
 
 
 def _import_error(graph: Graph, nodes: list[Node], error: Exception) -> CompileError:

@@ -114,3 +114,18 @@ def test_the_same_file_is_read_the_same(name: str, imported: dict[str, Imported]
     again = EVERY[name].read(tmp_path)
     assert again.model.SerializeToString() == imported[name].model.SerializeToString()
     assert again.manifest == imported[name].manifest
+
+
+def test_an_index_out_of_range_reads_the_nearest_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Data of a user, never memory beside it; and nobody warns on stderr of what cannot happen."""
+    theirs = Theirs(
+        model_of(
+            [helper.make_node("Tanh", ["x"], ["t"]), helper.make_node("Gather", ["t", "i"], ["y"], axis=1)],
+            [value("x", [1, 5]), value("i", [4], "int64")], [value("y", [1, 4])],
+        )
+    )  # fmt: skip
+    found = Machine(tmp_path, {"gather": theirs.read(tmp_path).model}).step("gather")
+    x = np.float32([[1, 2, 3, 4, 5]])
+    y = found(x=x, i=np.int64([0, -1, 1 << 40, -(1 << 40)]))["y"]
+    np.testing.assert_allclose(y, np.tanh(x[:, [0, 4, 4, 0]]), atol=1e-6)
+    assert "Warning" not in capfd.readouterr().err
