@@ -54,6 +54,27 @@ class Memory:
         return storage
 
 
+def check_signature(graph: Graph, signature: StepSignature) -> None:
+    """CompileError unless the graph has what the manifest declares; an input it has no use for may be missing."""
+    past = {f"past.{s.name}": (s.dtype, s.shape) for s in signature.state}
+    present = {f"present.{s.name}": (s.dtype, s.shape) for s in signature.state}
+    inputs = past | {s.name: (s.dtype, s.shape) for s in signature.inputs}
+    outputs = present | {s.name: (s.dtype, s.shape) for s in signature.outputs}
+    hint = "export the model again"
+    for name in graph.inputs:
+        if name not in inputs:
+            raise CompileError(f"{graph.label}: the manifest does not declare its input {name}", hint)
+    for name in outputs:
+        if name not in graph.outputs:
+            raise CompileError(f"{graph.label}: it does not return {name}, which the manifest declares", hint)
+    for name, declared in (inputs | outputs).items():
+        if name in graph.types and graph.types[name] != declared:
+            (dtype, shape), (its_dtype, its_shape) = declared, graph.types[name]
+            raise CompileError(
+                f"{graph.label}: {name} is {its_dtype} {list(its_shape)}, the manifest says {dtype} {list(shape)}", hint
+            )
+
+
 class Lowering:
     """The working state for one graph; `calls` is the result. The methods below are what rules use."""
 
@@ -66,6 +87,7 @@ class Lowering:
         self._kept: dict[str, None] = {}
         self._quantized: dict[tuple[str, int], tuple[Value, Value, Value]] = {}
         self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
+        check_signature(graph, signature)
         for name in graph.inputs:
             self._define_input(name)
 
