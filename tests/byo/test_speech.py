@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from devices.profile import load_profile
 from devices.transports import open_transport
 from edgeseq.compiler import ImportOptions, compile_onnx
 from edgeseq.verify.tolerances import tolerance
+from runtimes import C_DIR
 
-from .speech import CARDS, frames, on_onnxruntime, packaged
+from .speech import CARDS, FRAME, LIBRIVOX, RATE, frames, on_onnxruntime, packaged
 
 PER_FRAME = (1, 576)
 
@@ -125,6 +129,53 @@ def test_silero_on_aarch64(tmp_path: Path) -> None:
             )
             found += transport.read(out)
     heard(np.frombuffer(found, np.float32), want)
+
+
+def decisions(probabilities: NDArray[np.float32]) -> list[tuple[float, str]]:
+    """What the C example says: speech above 0.5 until below 0.35, as (second, word)."""
+    said, speech = [], False
+    for i, p in enumerate(probabilities):
+        if p < 0.35 if speech else p > 0.5:
+            speech = not speech
+            said.append((round(i * FRAME / RATE, 2), "speech" if speech else "silence"))
+    return said
+
+
+def run_example(bundle: Path, folder: Path, compiler: list[str], runner: list[str]) -> list[tuple[float, str]]:
+    out = folder / "speech"
+    warnings = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+    source, library = C_DIR / "examples" / "speech.c", bundle / "libmodel.a"
+    command = [*compiler, *warnings, "-O1", source, "-I", bundle, "-o", out, library, "-lpthread", "-lm"]
+    subprocess.run(command, check=True)
+    said = subprocess.run(
+        [*runner, out, bundle / "model.edgeseq", LIBRIVOX], capture_output=True, text=True, check=True
+    )
+    *lines, figures = said.stdout.splitlines()
+    found = re.fullmatch(
+        r"7\.07 s of sound in ([\d.]+) ms: real-time factor ([\d.]+); a frame of 32 ms takes ([\d.]+) us \(p99 .*\)",
+        figures,
+    )
+    assert found, figures
+    assert float(found[1]) / 7070 == pytest.approx(float(found[2]), rel=0.1, abs=1e-4)
+    return [(float(second), word) for second, _, word, _ in map(str.split, lines)]
+
+
+def test_the_c_example_decides_as_onnxruntime_does(ifless: Path, tmp_path: Path) -> None:
+    want = decisions(IFLESS.reference(frames(limit=10**6, silence=0)))
+    assert len(want) >= 2, "the clip has a pause"
+    compiler = ["gcc"] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
+    assert run_example(ifless, tmp_path, compiler, []) == want
+
+
+@pytest.mark.slow
+def test_the_c_example_on_aarch64(tmp_path: Path) -> None:
+    """The bundle's archive linked into a program for another machine by the compiler that came with edgeseq."""
+    if shutil.which("qemu-aarch64-static") is None or not Path("/usr/aarch64-linux-gnu").is_dir():
+        pytest.skip("qemu-user-static or libc6-arm64-cross is not installed")
+    want = decisions(IFLESS.reference(frames(limit=10**6, silence=0)))
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu.2.28"]
+    bundle = IFLESS.bundle(tmp_path, "raspberry-pi-5")
+    assert run_example(bundle, tmp_path, zig, ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]) == want
 
 
 @pytest.mark.slow
