@@ -18,6 +18,7 @@ from edgeseq.compiler.kernels.causal_conv import CausalConv
 from edgeseq.compiler.kernels.copy import Copy
 from edgeseq.compiler.kernels.embed import Embed
 from edgeseq.compiler.kernels.glu import Glu
+from edgeseq.compiler.kernels.layer_norm import LayerNorm
 from edgeseq.compiler.kernels.linear import Linear
 from edgeseq.compiler.kernels.rms_norm import RmsNorm
 from edgeseq.compiler.kernels.rotary import Rotary
@@ -139,6 +140,22 @@ def test_rms_norm(library: Library, p: RmsNorm, seed: int, scale: float) -> None
     arrays = [x, weight, unset(p.R, p.D)] if p.weight else [x, unset(p.R, p.D)]
     (y,) = library.call(ref(p), arrays, "rrw" if p.weight else "rw", d.shifts(len(arrays)), seed)
     close(y, standard.rms_norm(x64, wide(weight) if p.weight else None, p.eps))
+
+
+@named(variants.layer_norms())
+@few
+@given(seed=seeds, mean=st.sampled_from([0.0, 100.0]))
+def test_layer_norm(library: Library, p: LayerNorm, seed: int, mean: float) -> None:
+    d = Draw(seed)
+    x, _ = d.rows(p.R, p.ldx, p.D)
+    x = x + np.float32(mean)  # rounds: the reference reads what the kernel reads
+    x64 = np.stack([x[r * p.ldx : r * p.ldx + p.D] for r in range(p.R)]).astype(np.float64)
+    optional = [d.normal(p.D) for on in (p.weight, p.bias) if on]
+    arrays = [x, *optional, unset(p.R, p.D)]
+    (y,) = library.call(ref(p), arrays, "r" * (len(arrays) - 1) + "w", d.shifts(len(arrays)), seed)
+    want = (x64 - x64.mean(1, keepdims=True)) / np.sqrt(x64.var(1, keepdims=True) + p.eps)
+    want = want * optional[0] if p.weight else want
+    close(y, want + optional[-1] if p.bias else want)
 
 
 @named(variants.embeds())

@@ -16,6 +16,7 @@ from edgeseq.compiler.kernels._quantise import BLOCK, blocks
 from edgeseq.compiler.kernels.causal_conv import CausalConv
 from edgeseq.compiler.kernels.embed_q import EmbedQ
 from edgeseq.compiler.kernels.glu import Glu
+from edgeseq.compiler.kernels.layer_norm import LayerNorm
 from edgeseq.compiler.kernels.linear_q import LinearQ
 from edgeseq.compiler.kernels.quantize import Quantize
 from edgeseq.compiler.kernels.rms_norm import RmsNorm
@@ -48,6 +49,8 @@ TABLES = [EmbedQ(3, 40, k, bits, signed) for k in (1, 64, 97) for bits, signed i
 SOURCES: list[Any] = [
     RmsNorm(3, 96, 100, 1e-5, True, quant=8),
     RmsNorm(1, 64, 64, 1e-5, False, quant=128),
+    LayerNorm(4, 96, 96, 1e-5, True, False, quant=8),
+    LayerNorm(1, 128, 128, 1e-5, True, True, quant=0),
     Glu(2, 128, 130, 140, quant=8),
     Glu(1, 1088, 1088, 1088, quant=0),
     CausalConv(5, 128, 4, 256, True, True, quant=8),
@@ -157,6 +160,10 @@ def norm_inputs(d: Draw, p: RmsNorm) -> tuple[list[NDArray], str, int, int]:
     return [d.rows(p.R, p.ldx, p.D)[0], *([d.normal(p.D)] if p.weight else [])], "", p.R, p.D
 
 
+def layer_norm_inputs(d: Draw, p: LayerNorm) -> tuple[list[NDArray], str, int, int]:
+    return [d.rows(p.R, p.ldx, p.D)[0], *(d.normal(p.D) for on in (p.weight, p.bias) if on)], "", p.R, p.D
+
+
 def glu_inputs(d: Draw, p: Glu) -> tuple[list[NDArray], str, int, int]:
     return [d.rows(p.T, p.ldg, p.M)[0], d.rows(p.T, p.ldu, p.M)[0]], "", p.T, p.M
 
@@ -180,7 +187,8 @@ def scan_inputs(d: Draw, p: SelectiveScan) -> tuple[list[NDArray], str, int, int
 
 
 INPUTS: dict[type, Callable[[Draw, Any], tuple[list[NDArray], str, int, int]]] = {
-    RmsNorm: norm_inputs, Glu: glu_inputs, CausalConv: conv_inputs, SelectiveScan: scan_inputs,
+    RmsNorm: norm_inputs, LayerNorm: layer_norm_inputs, Glu: glu_inputs, CausalConv: conv_inputs,
+    SelectiveScan: scan_inputs,
 }  # fmt: skip
 
 

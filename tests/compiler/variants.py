@@ -11,6 +11,7 @@ from edgeseq.compiler.kernels.causal_conv import CausalConv
 from edgeseq.compiler.kernels.copy import Copy
 from edgeseq.compiler.kernels.embed import Embed
 from edgeseq.compiler.kernels.glu import Glu
+from edgeseq.compiler.kernels.layer_norm import LayerNorm
 from edgeseq.compiler.kernels.linear import Linear
 from edgeseq.compiler.kernels.rms_norm import RmsNorm
 from edgeseq.compiler.kernels.rotary import Rotary
@@ -64,6 +65,13 @@ def norms() -> list[RmsNorm]:
     found = [RmsNorm(1, 1, 1, 1e-5, True), RmsNorm(2, 16, 16, 1e-6, False), RmsNorm(3, 15, 20, 1e-3, True)]
     widths = [size.below(200) for _ in range(6)]
     return found + [RmsNorm(size.below(20), d, size.apart(d), 1e-5, size.coin()) for d in widths]
+
+
+def layer_norms() -> list[LayerNorm]:
+    size = _Sizes(7)
+    found = [LayerNorm(1, 1, 1, 1e-5, True, True), LayerNorm(6, 16, 16, 1e-6), LayerNorm(4, 1030, 1031, 1e-5, True)]
+    widths = [size.below(200) for _ in range(5)]
+    return found + [LayerNorm(size.below(20), d, size.apart(d), 1e-5, size.coin(), size.coin()) for d in widths]
 
 
 def embeds() -> list[Embed]:
@@ -156,4 +164,16 @@ def copies() -> list[Copy]:
     return [Copy(1, "float32"), Copy(77, "float32"), Copy(5, "int64"), Copy(19, "bool"), Copy(33, "int32")]
 
 
-EVERY = [*linears(), *norms(), *embeds(), *convs(), *scans(), *glus(), *rotaries(), *attentions(), *rings(), *copies()]
+EVERY = [
+    *linears(),
+    *norms(),
+    *layer_norms(),
+    *embeds(),
+    *convs(),
+    *scans(),
+    *glus(),
+    *rotaries(),
+    *attentions(),
+    *rings(),
+    *copies(),
+]
