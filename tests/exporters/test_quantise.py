@@ -1,0 +1,393 @@
+"""Which matrices are rounded, how, and what the export then holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from safetensors.numpy import load_file
+
+from edgeseq.errors import ExportError, UsageError
+from edgeseq.manifest import load_manifest
+from edgeseq.models.source import open_source
+from exporters import export, golden, rounding
+from exporters.quantise import quantise_graph
+from exporters.rounding import BLOCK, dequantise, quantise
+from tests.exporters.support import CONFIGS, quantised_source, worst
+
+FAMILIES = ("mamba", "retnet", "transformer")
+
+
+def unpacked(codes: NDArray, bits: int) -> NDArray:
+    """Codes [M,blocks,32] from what the file holds."""
+    return codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], BLOCK)
+
+
+# numbers
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    weight=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 70)),
+        elements=st.floats(-1000, 1000, width=32, allow_subnormal=False),
+    )
+)
+def test_rounding_is_to_the_nearest_code_of_a_float16_scale(weight: NDArray, bits: int) -> None:
+    codes, scales = quantise("w", weight, bits)
+    m, k = weight.shape
+    n = -(-k // BLOCK)
+    assert codes.shape == (m, n, 4 * bits) and codes.dtype == np.uint8
+    assert scales.shape == (m, n) and scales.dtype == np.float32
+    assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
+    zero = 1 << (bits - 1)
+    assert (unpacked(codes, bits).reshape(m, -1)[:, k:] == zero).all(), "padding is zero"
+    step = np.repeat(np.abs(scales), BLOCK, axis=1)[:, :k]
+    inside = np.abs(weight) <= step * (zero - 1)
+    difference = np.abs(dequantise(codes, scales, k) - weight)
+    assert (difference <= 0.5001 * step + 1e-7)[inside].all()
+    if bits == 8:  # the largest of a block is 127 steps, but for the rounding of the scale
+        assert (difference <= 0.57 * step + 1e-5).all()
+
+
+def test_the_bytes_of_a_block_by_hand() -> None:
+    """What MatMulNBits is defined to read: two 4-bit codes a byte, the first low, 8 standing for zero."""
+    weight = np.zeros((1, BLOCK), np.float32)
+    weight[0, :4] = [-8, 1, 7, -3]
+    codes, scales = quantise("w", weight, 4)
+    assert scales.tolist() == [[1.0]]
+    assert codes[0, 0].tolist() == [0 | 9 << 4, 15 | 5 << 4, *[0x88] * 14]
+    codes, scales = quantise("w", weight * -1, 4)
+    assert scales.tolist() == [[-1.0]], "the extreme takes the longer side of -8..7, whatever its sign"
+    assert codes[0, 0].tolist() == [0 | 9 << 4, 15 | 5 << 4, *[0x88] * 14]
+    weight[0, 0] = 127
+    codes, scales = quantise("w", weight, 8)
+    assert scales.tolist() == [[1.0]]
+    assert codes[0, 0].tolist() == [255, 129, 135, 125, *[128] * 28]
+
+
+def test_the_searched_scale_is_no_worse_than_the_plain_one() -> None:
+    weight = np.random.default_rng(0).standard_t(3, (50, 96)).astype(np.float32)
+    blocks = weight.reshape(50, 3, BLOCK)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    scale = (extreme / -8).astype(np.float16).astype(np.float32)
+    plain = np.square(np.clip(np.rint(blocks / scale), -8, 7) * scale - blocks).sum(-1)
+    ours = np.square(dequantise(*quantise("w", weight, 4), 96).reshape(blocks.shape) - blocks).sum(-1)
+    assert (ours <= plain * 1.00001).all() and ours.sum() < 0.93 * plain.sum()
+
+
+def test_known_inputs_lower_the_error_of_the_product() -> None:
+    """Correlated inputs, a width that is no multiple of 32, more rows than are rounded at once."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((70, 100)).astype(np.float32)
+    inputs = (rng.standard_normal((400, 12)) @ rng.standard_normal((12, 100))).astype(np.float32)
+    moments = inputs.T @ inputs
+
+    def error(codes: NDArray, scales: NDArray) -> float:
+        return float(np.square(inputs @ (dequantise(codes, scales, 100) - weight).T).mean())
+
+    assert error(*quantise("w", weight, 4, moments)) < 0.2 * error(*quantise("w", weight, 4))
+    assert np.array_equal(quantise("w", weight, 8, moments)[0], quantise("w", weight, 8)[0])
+
+
+def test_inputs_that_never_occur_and_too_few_of_them_are_no_trouble() -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((5, 64)).astype(np.float32)
+    for inputs in (np.zeros((3, 64), np.float32), np.eye(64, dtype=np.float32)[:2]):
+        codes, scales = quantise("w", weight, 4, inputs.T @ inputs)
+        assert np.abs(dequantise(codes, scales, 64) - weight).max() < 1
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_rows_do_not_depend_on_how_many_are_rounded_at_once(
+    monkeypatch: pytest.MonkeyPatch, with_moments: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((40, 96)).astype(np.float32)
+    moments = np.cov(rng.standard_normal((96, 200))).astype(np.float32) if with_moments else None
+    whole = quantise("w", weight, 4, moments)
+    monkeypatch.setattr(rounding, "AT_ONCE", 7 * 96)
+    assert all(map(np.array_equal, whole, quantise("w", weight, 4, moments)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_too_small_for_a_scale_become_zero(bits: int) -> None:
+    codes, scales = quantise("w", np.full((1, 64), 1e-9, np.float32), bits)
+    assert not dequantise(codes, scales, 64).any() and np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "w has values that are not finite"), (np.inf, "not finite"), (1e7, "too large")]
+)
+def test_values_that_cannot_be_rounded_are_refused(value: float, words: str) -> None:
+    weight = np.ones((3, 64), np.float32)
+    weight[2, 5] = value
+    with pytest.raises(ExportError, match=words):
+        quantise("w", weight, 4)
+
+
+# the rule
+
+
+def planned(nodes: list[onnx.NodeProto], shapes: dict[str, tuple[int, ...]], bits: int = 4) -> dict[str, int]:
+    """Bits of each weight that the pass rounds in a graph x [1,1,64] -> y; `shapes` are the weights."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 64])]
+    inputs += [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, 1])]
+    weights = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
+    graph = helper.make_graph(
+        nodes, "g", inputs + weights, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 27)]))
+    for value in list(model.graph.inputs)[2:]:
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
+    found = quantise_graph(model, bits)
+    ops = [node.op_type for node in model.graph]
+    assert ops.count("MatMul") + ops.count("MatMulNBits") == sum(n.op_type == "MatMul" for n in nodes)
+    return {name: q.bits for name, q in found.items()}
+
+
+def product(x: str, weight: str, y: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Transpose", [weight], [f"{weight}.t"], perm=[1, 0]),
+        helper.make_node("MatMul", [x, f"{weight}.t"], [y]),
+    ]
+
+
+def test_size_and_use_decide() -> None:
+    nodes = [
+        *product("x", "wide", "a"),  # [64,64] is just large enough
+        *product("x", "small", "b"),  # 63 rows of 64 are not
+        *product("a", "narrow", "c"),  # K = 32
+        helper.make_node("MatMul", ["a", "untransposed"], ["d"]),
+        *product("a", "also_added", "e"),
+        helper.make_node("Add", ["also_added", "also_added"], ["f"]),
+        helper.make_node("Gather", ["looked_up", "ids"], ["g"]),
+        helper.make_node("Gather", ["odd_width", "ids"], ["h"]),
+        helper.make_node("Gather", ["other_axis", "ids"], ["i"], axis=1),
+        helper.make_node("Concat", list("abcdefghi"), ["y"], axis=-1),
+    ]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wide": (64, 64), "small": (63, 64), "narrow": (500, 32), "untransposed": (64, 64), "also_added": (64, 64),
+        "looked_up": (99, 96), "odd_width": (99, 100), "other_axis": (96, 96),
+    }  # fmt: skip
+    assert planned(nodes, shapes, 8) == {"wide": 8, "looked_up": 8}
+
+
+def test_what_sets_a_decay_or_chooses_stays_as_it_is() -> None:
+    """RWKV's decay (low rank, then -exp), a router, and a product of which only a part is a decay."""
+    nodes = [
+        *product("x", "down", "low"),
+        helper.make_node("Tanh", ["low"], ["bent"]),
+        *product("bent", "decay", "log"),
+        helper.make_node("Exp", ["log"], ["exp"]),
+        helper.make_node("Neg", ["exp"], ["g"]),
+        *product("x", "router", "scores"),
+        helper.make_node("Sigmoid", ["scores"], ["share"]),
+        helper.make_node("TopK", ["share", "two"], ["best", "which"]),
+        *product("x", "joint", "zxdt"),
+        helper.make_node("Split", ["zxdt"], ["z", "dt"], num_outputs=2, axis=-1),
+        helper.make_node("DPLRScan", ["z", "z", "z", "g", "z", "z", "past"], ["o", "s"], domain="ai.edgeseq"),
+        helper.make_node("LinearAttention", ["z", "z", "z", "past", "dt"], ["p", "r"]),
+        helper.make_node("Concat", ["o", "p", "best"], ["y"], axis=-1),
+    ]
+    shapes = {"down": (64, 64), "decay": (64, 64), "router": (64, 64), "joint": (128, 64), "two": (1,), "past": (1,)}
+    assert planned(nodes, shapes, 8) == {"down": 8, "joint": 8}
+
+
+@pytest.mark.parametrize(("rows", "bits"), [(64, 8), (2000, 4)])
+def test_a_small_head_of_a_4_bit_model_gets_8_bits(rows: int, bits: int) -> None:
+    nodes = [*product("x", "body", "h"), *product("h", "head", "s"), helper.make_node("Add", ["s", "bias"], ["y"])]
+    shapes = {"body": (2000, 64), "head": (rows, 64), "bias": (rows,)}
+    assert planned(nodes, shapes) == {"body": 4, "head": bits}
+
+
+# the export
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(family: str, quant: str, **options: Any) -> Path:
+        key = (family, quant, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantised") / family
+            export(quantised_source(family), made[key], quant=quant, chunks=(8,), context=64, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnxruntime_agrees_with_pytorch_on_the_rounded_weights(
+    exported: Callable[..., Path], family: str, quant: str
+) -> None:
+    """M and K off every multiple; the golden is PyTorch's whole form of what the codes mean."""
+    directory = exported(family, quant)
+    assert worst(directory, [1] * 48) < 1
+    assert worst(directory, [8, 1, 3, 16, 8, 12]) < 1
+
+
+def test_the_other_flavour_and_other_storage_of_the_rest(exported: Callable[..., Path]) -> None:
+    directory = exported("mamba", "int4", flavour="ort", dtype="fp16")
+    assert worst(directory, [8, 1, 3, 16, 8, 12]) < 1
+    stored = load_file(directory / "weights.safetensors")
+    assert stored["layers.0.dt_proj.weight"].dtype == np.float16
+    assert stored["layers.0.A"].dtype == np.float32
+
+
+def test_what_is_stored(exported: Callable[..., Path]) -> None:
+    """Codes and scales under the matrix's name; the time step, the convolution and vectors untouched."""
+    directory, source = exported("mamba", "int4"), quantised_source("mamba")
+    stored = load_file(directory / "weights.safetensors")
+    config = CONFIGS["mamba of quantisable size"]
+    matrices = {"embed.weight", *(f"layers.{i}.{n}.weight" for i in (0, 1) for n in ("in_proj", "x_proj", "out_proj"))}
+    assert {n.removesuffix(".codes") for n in stored if n.endswith(".codes")} == matrices
+    for name in source.tensor_names():
+        tensor = source.tensor(name)
+        if name not in matrices:
+            assert np.array_equal(stored[name], tensor)
+            continue
+        codes, scales = stored[f"{name}.codes"], stored[f"{name}.scales"]
+        assert codes.shape == (len(tensor), -(-tensor.shape[1] // 32), 16)
+        step = np.repeat(np.abs(scales), 32, axis=1)[:, : tensor.shape[1]]  # an extreme may be cut by 1.5 steps
+        assert (np.abs(dequantise(codes, scales, tensor.shape[1]) - tensor) <= 1.51 * step).all()
+    assert stored["layers.0.dt_proj.weight"].shape == (config.d_inner, 64), "wide enough, but it sets the time step"
+
+
+def test_a_tied_table_is_two_views_of_the_same_bytes(exported: Callable[..., Path]) -> None:
+    model = onnx.load(str(exported("mamba", "int4") / "step.onnx"), load_external_data=False)
+    where = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
+    dims = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    assert where["embed.weight.codes"] == where["embed.weight.rows"]
+    assert dims["embed.weight.codes"] == (97, 3, 16) and dims["embed.weight.rows"] == (97, 48)
+    nodes = [n for n in model.graph.node if n.domain == "com.microsoft"]
+    assert sorted({n.op_type for n in nodes}) == ["GatherBlockQuantized", "MatMulNBits"]
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        assert len(node.input) == 3, "symmetric: no zero points"
+        assert attributes["block_size"] == 32 and attributes["bits"] == 4
+        assert "accuracy_level" not in attributes, "onnxruntime then computes in float32"
+
+
+def test_the_file_repeats_and_each_tensor_is_read_once(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = quantised_source("mamba")
+    reads: list[str] = []
+    original = type(source).tensor
+    monkeypatch.setattr(type(source), "tensor", lambda self, name: reads.append(name) or original(self, name))
+    seen: list[tuple[str, int, int]] = []
+    export(source, tmp_path / "again", quant="int4", chunks=(8,), context=64, progress=lambda *p: seen.append(p))
+    assert sorted(reads) == sorted(source.tensor_names()), "one tensor in memory at a time, none twice"
+    first = exported("mamba", "int4")
+    for path in first.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    writing = [(done, total) for what, done, total in seen if what == "writing weights"]
+    assert [done for done, _ in writing] == sorted(done for done, _ in writing)
+    assert writing[-1][0] <= writing[-1][1] and len(writing) > 20
+
+
+def test_the_id_covers_the_rounded_bytes(exported: Callable[..., Path]) -> None:
+    manifests = [load_manifest(exported("mamba", quant)) for quant in ("int8", "int4")]
+    assert len({m.model_id for m in manifests}) == 2
+    assert [m.quant for m in manifests] == ["int8", "int4"]
+
+
+def test_the_golden_says_what_rounded_activations_change(exported: Callable[..., Path]) -> None:
+    tensors = load_file(exported("mamba", "int8") / "golden.safetensors")
+    largest, mean, changed = tensors["noise.logits"]
+    assert 0 < mean < largest < 0.5 * np.abs(tensors["logits"]).max() and 0 <= changed < 0.5
+    model = quantised_source("mamba").build("meta").eval()
+    matrices = golden.load(model, exported("mamba", "int8") / "weights.safetensors")
+    assert len(matrices) == 7
+
+
+def test_activations_are_rounded_as_the_kernels_do() -> None:
+    import torch
+
+    x = torch.zeros(1, 40)
+    x[0, :3] = torch.tensor([127.0, 1.5, -0.4])
+    x[0, 32:34] = torch.tensor([-1.0, 0.5])
+    rounded = golden.rounded_input(x)[0]
+    assert rounded[:3].tolist() == [127.0, 2.0, 0.0]
+    assert rounded[32:34].tolist() == pytest.approx([-1.0, 64 / 127])
+    assert not rounded[3:32].any() and rounded.shape == (40,)
+
+
+# calibration
+
+
+def test_trained_models_are_calibrated_by_themselves(tmp_path: Path) -> None:
+    """The default is not what --calibrate 0 gives, repeats, and is nearer to the model; random weights have no text."""
+    import torch
+
+    source = "zoo:tiny-retnet"
+    export(source, tmp_path / "plain", quant="int4", chunks=(), calibrate=0)
+    export(source, tmp_path / "a", quant="int4", chunks=())
+    export(source, tmp_path / "b", quant="int4", chunks=(), calibrate=4096)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in (tmp_path / "plain").iterdir())
+    stored = {d: (tmp_path / d / "weights.safetensors").read_bytes() for d in ("plain", "a", "b")}
+    assert stored["a"] == stored["b"] != stored["plain"]
+    tokens = torch.tensor([list(b'small boat: a boat that is driven by oars; "the man rowed"')])
+    with torch.no_grad():
+        exact = open_source(source).build("cpu").eval()(tokens)
+        rows = {}
+        for name in ("plain", "a"):
+            model = open_source(source).build("meta").eval()
+            golden.load(model, tmp_path / name / "weights.safetensors")
+            rows[name] = float((model(tokens) - exact).square().mean())
+    assert rows["a"] < 0.7 * rows["plain"]
+
+
+def test_matrices_with_the_same_input_share_one_sum(tmp_path: Path) -> None:
+    from exporters.calibrate import moments
+
+    model = open_source("zoo:tiny-retnet").build("cpu").eval()
+    names = [n for n, p in model.named_parameters() if p.ndim == 2]
+    found = moments(model, names, 64, tmp_path, lambda done, total: None)
+    assert set(found) == set(names)
+    for name, sums in found.items():
+        assert sums.shape == (model.get_parameter(name).shape[1],) * 2 and np.isfinite(sums).all()
+        assert np.allclose(sums, sums.T, rtol=1e-4, atol=1e-3) and sums.trace() > 0
+    layer = [f"layers.0.{n}_proj.weight" for n in ("q", "k", "v", "g")]
+    assert len({id(found[n]) for n in layer}) == 1
+    assert len({id(found[n]) for n in names}) < len(names)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quant": "int8", "calibrate": 100}, "changes nothing at --quant int8"),
+        ({"calibrate": 100}, "changes nothing at --quant none"),
+        ({"quant": "int4", "calibrate": -1}, "calibration with -1 tokens"),
+        ({"quant": "int4", "calibrate": 1 << 30}, "calibration with"),
+    ],
+)
+def test_wrong_calibration(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        export(quantised_source("mamba"), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_without_text_is_not_calibrated(tmp_path: Path) -> None:
+    models = Path(__file__).parent / "user_models.py"
+    with pytest.raises(UsageError, match="no text to write"):
+        export(f"{models}:sensor", tmp_path / "out", quant="int4", calibrate=64)
+    manifest = export(f"{models}:sensor", tmp_path / "out", quant="int4")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["quant"] == manifest.quant == "int4"
