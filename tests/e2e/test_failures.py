@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
     arguments = ["--load-state", state, "--tokens", "1", "--save-state", mine]
     refused(edgeseq("run", model("llama-gqa").host, *arguments), FAILED, "state")
     data = state.read_bytes()
-    for broken in (data[:-1], data[:20], b"", data[:60] + bytes([data[60] ^ 1]) + data[61:], data + b"\0"):
+    other = data[16:20] + bytes([data[20] ^ 1]) + data[21:]  # of the same size, with its own true checksum
+    foreign = data[:12] + struct.pack("<I", zlib.crc32(other)) + other
+    for broken in (data[:-1], data[:20], b"", data[:60] + bytes([data[60] ^ 1]) + data[61:], data + b"\0", foreign):
         state.write_bytes(broken)
         refused(edgeseq("run", model("mamba").host, *arguments), FAILED, "state")
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
