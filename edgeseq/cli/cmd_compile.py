@@ -17,6 +17,7 @@ from edgeseq.cli.params import Named
 @click.option("--shape", "shapes", metavar="NAME=N,N,…", type=Named(), multiple=True, help="Shape of an input.")
 @click.option("--dim", "dims", metavar="NAME=N", type=Named(), multiple=True, help="Size of a symbolic dimension.")
 @click.option("--value", "values", metavar="NAME=V", type=Named(), multiple=True, help="An input that never changes.")
+@click.option("--role", "roles", metavar="NAME=ROLE", type=Named(), multiple=True, help="tokens, position or logits.")
 @click.option("--dump", metavar="DIR", type=click.Path(path_type=Path), help="Write the IR after each phase here.")
 def command(
     source: Path,
@@ -26,13 +27,14 @@ def command(
     shapes: tuple[tuple[str, str], ...],
     dims: tuple[tuple[str, str], ...],
     values: tuple[tuple[str, str], ...],
+    roles: tuple[tuple[str, str], ...],
     dump: Path | None,
 ) -> None:
     """Compile an export for a target.
 
     `edgeseq list targets` names the targets; a path to a device profile of your own works too. Of somebody else's ONNX
     file, --state says which outputs come back as inputs at the next step, and --shape, --dim and --value give the
-    static shapes and constants that the file leaves open.
+    static shapes and constants that the file leaves open. --role makes a token model of it.
     """
     from devices.profile import load_profile
     from edgeseq.cli.progress import progress
@@ -40,7 +42,7 @@ def command(
     from edgeseq.manifest import load_manifest
 
     is_file = source.is_file()
-    given = {"--state": states, "--shape": shapes, "--dim": dims, "--value": values}
+    given = {"--state": states, "--shape": shapes, "--dim": dims, "--value": values, "--role": roles}
     for option, value in given.items():
         if value and not is_file:
             raise UsageError(f"{option} is for ONNX files, {source} is not a file", "leave it out for an export")
@@ -51,7 +53,9 @@ def command(
 
     with progress() as show:
         if is_file:
-            options = ImportOptions(states, _lists(shapes), {n: _size(n, v) for n, v in dims}, dict(values))
+            options = ImportOptions(
+                states, _lists(shapes), {n: _size(n, v) for n, v in dims}, dict(values), dict(roles)
+            )
             path = compile_onnx(source, target, out, options, progress=show, dump=dump)
         else:
             path = compile_export(source, target, out, progress=show, dump=dump)

@@ -8,7 +8,7 @@
 | – control flow | control.inline_control_flow | control.py: If, Scan, Loop |
 | – recurrent layers | decompose.decompose | decompose.py, recurrent.py: LSTM, GRU, RNN |
 | name | state.name_state | state.py: `past.` and `present.`, initial values |
-| declare | _manifest | this file: the manifest of one step |
+| declare | roles.with_roles, _manifest | roles.py, this file: the manifest of one step |
 | golden | golden.write_golden | golden.py: what onnxruntime makes of the file as it came |
 """
 
@@ -32,6 +32,7 @@ from ..rules import rules_by_op
 from .golden import write_golden
 from .options import ImportOptions, state_pairs
 from .read import digest, first_line, read_model
+from .roles import check_roles, with_roles
 from .shapes import bind_shapes, bind_values, dtype_name, forget_shapes, real_inputs, require_static, static_shape
 from .simplify import simplify
 from .state import name_state, take_defaults
@@ -76,9 +77,9 @@ def _imported(path: Path, proto: onnx.ModelProto, options: ImportOptions) -> Imp
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     opset = model.opset_imports.get("", 0)
-    pairs = state_pairs(
-        options.states, [str(v.name) for v in model.graph.inputs], [str(v.name) for v in model.graph.outputs]
-    )
+    inputs, outputs = ([str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs))
+    pairs = state_pairs(options.states, inputs, outputs)
+    check_roles(options.roles, inputs, outputs)
     bind_shapes(model.graph, options)
     defaults = take_defaults(model.graph, [i for i, _ in pairs])
     constants = bind_values(model.graph, options)
@@ -94,11 +95,13 @@ def _imported(path: Path, proto: onnx.ModelProto, options: ImportOptions) -> Imp
         tuple(_spec(v) for v in model.graph.outputs if not str(v.name).startswith("present.")),
         slots,
     )
+    signature = with_roles(signature, options.roles)
     digests.update(json.dumps([[asdict(s) for s in slots], sorted(options.values.items())], sort_keys=True).encode())
     config = {
         "opset": opset,
         "state": {slot: list(pair) for slot, pair in names.items()},
         "values": dict(options.values),
+        "roles": dict(options.roles),
     }
     manifest = _manifest(path, model, signature, digests.hexdigest()[:32], config)
     return Imported(manifest, ir.to_proto(model), path.parent, names, defaults, constants)
@@ -126,7 +129,7 @@ def _manifest(path: Path, model: ir.Model, signature: StepSignature, model_id: s
         quant="none",
         flavour="onnx",
         context=0,
-        vocab_size=0,
+        vocab_size=next((s.shape[-1] for s in signature.outputs if s.role == "logits"), 0),
         params=sizes.total(),
         tokenizer="none",
         graphs=(GraphFile("step.onnx", signature),),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeseq.spec import StateSlot, TensorSpec
+from edgeseq.spec import StateSlot, StepSignature, TensorSpec
 
 if TYPE_CHECKING:
     from . import Imported
@@ -18,8 +18,10 @@ SEED = 20240917
 
 
 def write_golden(path: Path, imported: Imported, folder: Path) -> bool:
-    """Write `input.<name>` and `output.<name>` [n,...] of seeded inputs into `folder`; False, and nothing is written,
-    when onnxruntime cannot run the file or its outputs are not finite."""
+    """Write `input.<name>` and `output.<name>` [n,...] of seeded inputs; of a token model `tokens` [n], `logits` [n,V].
+
+    False, and nothing is written, when onnxruntime cannot run the file or says what is not finite.
+    """
     from safetensors.numpy import save
 
     recorded = _run(path, imported)
@@ -40,8 +42,8 @@ def _run(path: Path, imported: Imported) -> dict[str, np.ndarray] | None:
     recorded: dict[str, list[np.ndarray]] = {}
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for _ in range(LENGTH):
-            inputs = {spec.name: _draw(spec, rng) for spec in signature.inputs}
+        for position in range(LENGTH):
+            inputs = {spec.name: _draw(spec, rng, position, imported.manifest.vocab_size) for spec in signature.inputs}
             feeds = {**imported.constants, **inputs, **{imported.names[s.name][0]: v for s, v in state.items()}}
             names = [spec.name for spec in signature.outputs] + [imported.names[s.name][1] for s in state]
             results = session.run(names, feeds)
@@ -52,7 +54,19 @@ def _run(path: Path, imported: Imported) -> dict[str, np.ndarray] | None:
                 recorded.setdefault(f"output.{spec.name}", []).append(np.asarray(value).reshape(spec.shape))
     except Exception:  # onnxruntime's exceptions share no base class; a file it cannot run has no golden
         return None
+    if imported.manifest.vocab_size:
+        return _of_tokens(signature, recorded)
     return {name: np.stack([_without_batch(v) for v in values]) for name, values in recorded.items()}
+
+
+def _of_tokens(signature: StepSignature, recorded: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray] | None:
+    """`tokens` and `logits`; None when the model also wants what no token stream has."""
+    if any(spec.role == "data" for spec in signature.inputs):
+        return None
+    names = {spec.role: f"input.{spec.name}" for spec in signature.inputs}
+    tokens = np.concatenate([value.reshape(-1) for value in recorded[names["tokens"]]]).astype(np.int64)
+    logits = np.stack([value.reshape(-1) for value in recorded[f"output.{signature.outputs[0].name}"]])
+    return {"tokens": tokens, "logits": logits.astype(np.float32)}
 
 
 def _fresh(imported: Imported, slot: StateSlot) -> np.ndarray:
@@ -60,8 +74,12 @@ def _fresh(imported: Imported, slot: StateSlot) -> np.ndarray:
     return np.full(slot.shape, slot.init, slot.dtype) if given is None else given.reshape(slot.shape)
 
 
-def _draw(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+def _draw(spec: TensorSpec, rng: np.random.Generator, position: int, vocabulary: int) -> np.ndarray:
     """Gaussian numbers; zeros and ones for integers, which may be indices."""
+    if spec.role == "tokens":
+        return rng.integers(0, vocabulary, spec.shape).astype(spec.dtype)
+    if spec.role == "position":
+        return np.full(spec.shape, position, spec.dtype)
     if "float" in spec.dtype:
         return rng.standard_normal(spec.shape).astype(spec.dtype)
     return rng.integers(0, 2, spec.shape).astype(spec.dtype)

@@ -16,12 +16,14 @@ class ImportOptions:
     shapes: static shape of an input, by name.
     dims:   value of a symbolic dimension, by its name in the file.
     values: inputs that never change, as text ("16000" or "1,2,3"); they become constants.
+    roles:  inputs and outputs that make a token model of the file: name -> "tokens", "position" or "logits".
     """
 
     states: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 def state_pairs(texts: tuple[str, ...], inputs: list[str], outputs: list[str]) -> list[tuple[str, str]]:
@@ -56,6 +58,11 @@ def _first_pair(pieces: list[str], inputs: list[str], outputs: list[str]) -> tup
     if left not in inputs:
         raise UsageError(f"--state names the input {left!r}, which the file does not have", _known("inputs", inputs))
     raise UsageError(f"--state names the output {right!r}, which the file does not have", _known("outputs", outputs))
+
+
+def known_names(side: str, names: list[str]) -> str:
+    """A hint that lists inputs or outputs."""
+    return _known(f"{side}s", names)
 
 
 def _known(what: str, names: list[str]) -> str:
