@@ -1,12 +1,13 @@
 """`golden.safetensors`: what PyTorch's whole-sequence form says about a fixed input, from the weights as stored.
 
-The weights are mapped from the file just written (float16 and bfloat16 ones widened one by one), so a float32 model of
-any size costs pages of the file and the activations of 48 tokens, never a second copy of its weights.
+The weights are mapped from the file just written (float16 and bfloat16 ones widened one by one, quantised ones made
+when they are read), so a float32 or quantised model of any size costs pages of the file, the activations of 48 tokens
+and at most one of its matrices, never a second copy of its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from edgeseq.errors import ExportError
 from edgeseq.models.base import SequenceModel
 from edgeseq.spec import StepSignature
-from exporters.rounding import BLOCK, dequantise
+from exporters.coded import Coded, CodedMatrix
 
 FILE = "golden.safetensors"
 LENGTH = 48
@@ -38,12 +38,13 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
     float32 [3]: what rounding the inputs of its quantised products to int8, as a device does, changes in PyTorch; the
     largest |difference|, the root mean square, and the share of rows with another largest element.
     """
-    quantised = load(model, directory / "weights.safetensors")
+    coded = load_coded(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
     with torch.no_grad():
-        tensors = _said(model, signature, length, byte_level)
-        if quantised:
-            with RoundedInputs(quantised):
+        with Coded(coded):
+            tensors = _said(model, signature, length, byte_level)
+        if coded:
+            with Coded(coded, round_inputs=True):
                 rounded = _said(model, signature, length, byte_level)
             outputs = [name for name in tensors if name == "logits" or name.startswith("output.")]
             tensors |= {f"noise.{n.removeprefix('output.')}": _noise(tensors[n], rounded[n]) for n in outputs}
@@ -68,38 +69,22 @@ def _noise(exact: NDArray[Any], rounded: NDArray[Any]) -> NDArray[np.float32]:
     return np.array([difference.max(), np.sqrt(np.square(difference).mean()), changed.mean()], np.float32)
 
 
-class RoundedInputs(TorchFunctionMode):
-    """linear() with one of `matrices` sees its input rounded to int8 by blocks of 32, the largest becoming 127.
-
-    A matrix is known by where its memory begins, as tied parameters are several tensors.
-    """
-
-    def __init__(self, matrices: Collection[Tensor]) -> None:
-        super().__init__()
-        self.matrices = {matrix.data_ptr() for matrix in matrices}
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is nn.functional.linear and args[1].data_ptr() in self.matrices:
-            args = (rounded_input(args[0]), *args[1:])
-        return function(*args, **(kwargs or {}))
-
-
-def rounded_input(x: Tensor) -> Tensor:
-    """x [..,K] as the sum of its int8 blocks, float32."""
-    width = x.shape[-1]
-    parts = nn.functional.pad(x, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
-    largest = parts.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    return ((parts * inverse).round() * (largest / 127.0)).flatten(-2)[..., :width]
-
-
-def load(model: nn.Module, path: Path) -> list[Tensor]:
+def load(model: nn.Module, path: Path) -> None:
     """Give a meta model the weights of an export, mapped and widened to the model's own dtypes; tied ones stay tied.
 
-    A quantised matrix becomes what its codes and scales mean; those matrices are returned.
+    A quantised matrix becomes what its codes and scales mean.
     """
-    quantised: set[Tensor] = set()
+    _load(model, path, whole=True)
+
+
+def load_coded(model: nn.Module, path: Path) -> dict[int, CodedMatrix]:
+    """The same, but a quantised matrix becomes a placeholder; run the model within Coded(what this returns)."""
+    return _load(model, path, whole=False)
+
+
+def _load(model: nn.Module, path: Path, whole: bool) -> dict[int, CodedMatrix]:
     values: dict[Tensor, Tensor] = {}
+    coded: dict[int, CodedMatrix] = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         for module_name, module in model.named_modules():
@@ -111,13 +96,13 @@ def load(model: nn.Module, path: Path) -> list[Tensor]:
                     if full in stored:
                         values[tensor] = file.get_tensor(full).to(tensor.dtype)
                     elif f"{full}.codes" in stored:
-                        codes, scales = (file.get_tensor(f"{full}.{part}").numpy() for part in ("codes", "scales"))
-                        values[tensor] = torch.from_numpy(dequantise(codes, scales, tensor.shape[1]))
-                        quantised.add(tensor)
+                        matrix = CodedMatrix(path, full, tensor.shape[1])
+                        values[tensor] = matrix.rows() if whole else matrix.placeholder(tensor.shape[0])
+                        coded[values[tensor].data_ptr()] = matrix
     for module_name, module in model.named_modules():
         _replace(module._parameters, values, module_name, lambda t: nn.Parameter(t, requires_grad=False))
         _replace(module._buffers, values, module_name, lambda t: t)
-    return [values[tensor] for tensor in quantised]
+    return coded
 
 
 def _replace(

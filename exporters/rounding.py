@@ -64,10 +64,14 @@ def dequantise(codes: Codes, scales: Floats, k: int) -> Floats:
     """The matrix float32 [M,k] that codes and scales mean."""
     m, n, width = codes.shape
     bits = width // 4
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(m, n, BLOCK)
-    values = (codes.astype(np.int16) - (1 << (bits - 1))).astype(np.float32) * scales[..., None]
-    return np.ascontiguousarray(values.reshape(m, n * BLOCK)[:, :k])
+    matrix = np.empty((m, k), np.float32)
+    for rows in _row_groups(m, n * BLOCK):
+        part = codes[rows]
+        if bits == 4:
+            part = np.stack([part & 15, part >> 4], axis=-1).reshape(-1, n, BLOCK)
+        values = (part.astype(np.int16) - (1 << (bits - 1))).astype(np.float32) * scales[rows, :, None]
+        matrix[rows] = values.reshape(-1, n * BLOCK)[:, :k]
+    return matrix
 
 
 def _row_groups(m: int, width: int) -> Iterator[slice]:

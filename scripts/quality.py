@@ -2,6 +2,7 @@
 
     python scripts/quality.py zoo:tiny-mamba zoo:tiny-retnet zoo:tiny-transformer
     python scripts/quality.py zoo:mamba-130m --tokens 256
+    python scripts/quality.py zoo:tiny-mamba --formats "int4,int4 head too,int4 uncalibrated,int4 unsearched"
 
 Byte-level models: bits per byte of the held-out sample that ships with the tiny models, in windows of 256 bytes that
 each start from a fresh state with the byte before them given. Every model: mean divergence KL(reference || stored) in
@@ -15,7 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 import edgeseq
 from edgeseq.manifest import load_manifest
 from edgeseq.models.source import ZOO_WEIGHTS, open_source
-from exporters import export, golden
+from exporters import export, golden, quantise, rounding
 from exporters.ort_check import OrtModel
 
 Array = NDArray[Any]
@@ -37,15 +39,23 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16"},
     "int8": {"quant": "int8"},
     "int4": {"quant": "int4"},
+    "int4 head too": {"quant": "int4"},
     "int4 uncalibrated": {"quant": "int4", "calibrate": 0},
+    "int4 unsearched": {"quant": "int4", "calibrate": 0},
 }
+USUAL = ("fp32", "fp16", "bf16", "int8", "int4", "int4 uncalibrated")
+WITHOUT: dict[str, tuple[Any, str, Any]] = {
+    "int4 head too": (quantise, "HEAD_SHARE", 0.0),
+    "int4 unsearched": (rounding, "GRID", (8.0,)),
+}
+"""What the exporter leaves out for a format, to see what it is worth: module, name, value."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("--tokens", type=int, default=16384, help="how much of the sample, or how many random tokens")
-    parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--formats", default=",".join(USUAL), help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--work", type=Path, help="keep exports and bundles here")
     options = parser.parse_args()
     wanted = options.formats.split(",")
@@ -62,7 +72,8 @@ def _table(source: str, wanted: Sequence[str], tokens: int, work: Path) -> None:
     for name in ("fp32", *(f for f in wanted if f != "fp32")):
         folder = work / f"{source.replace(':', '-').replace('/', '-')}-{name.replace(' ', '-')}"
         if not (folder / "manifest.json").is_file():
-            export(source, folder, chunks=(), context=WINDOW, **FORMATS[name])
+            with _left_out(name):
+                export(source, folder, chunks=(), context=WINDOW, **FORMATS[name])
         bundle = folder.with_suffix(".bundle")
         if not bundle.is_dir():
             edgeseq.compile(folder, "host", bundle)
@@ -80,6 +91,19 @@ def _table(source: str, wanted: Sequence[str], tokens: int, work: Path) -> None:
         same = float((reference.argmax(-1) == ours.argmax(-1)).mean())
         size = (folder / "weights.safetensors").stat().st_size
         print(f"| `{source}` | {name} | {size} | {' | '.join(figures)} | {divergence:.5f} | {same:.4f} |", flush=True)
+
+
+@contextmanager
+def _left_out(name: str) -> Iterator[None]:
+    module, constant, value = WITHOUT.get(name, (None, "", None))
+    kept = getattr(module, constant, None)
+    if module is not None:
+        setattr(module, constant, value)
+    try:
+        yield
+    finally:
+        if module is not None:
+            setattr(module, constant, kept)
 
 
 def _sample(count: int) -> Array:

@@ -22,6 +22,7 @@ from edgeseq.errors import ExportError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.models.source import open_source
 from exporters import export, golden, rounding
+from exporters.coded import Coded, rounded_input
 from exporters.quantise import quantise_graph
 from exporters.rounding import BLOCK, dequantise, quantise
 from tests.exporters.support import CONFIGS, quantised_source, worst
@@ -314,8 +315,25 @@ def test_the_golden_says_what_rounded_activations_change(exported: Callable[...,
     largest, mean, changed = tensors["noise.logits"]
     assert 0 < mean < largest < 0.5 * np.abs(tensors["logits"]).max() and 0 <= changed < 0.5
     model = quantised_source("mamba").build("meta").eval()
-    matrices = golden.load(model, exported("mamba", "int8") / "weights.safetensors")
+    matrices = golden.load_coded(model, exported("mamba", "int8") / "weights.safetensors")
     assert len(matrices) == 7
+
+
+def test_a_matrix_made_when_it_is_read_is_the_matrix(exported: Callable[..., Path]) -> None:
+    """Within Coded a placeholder acts as its matrix, looked up or multiplied with; outside it is NaN."""
+    import torch
+
+    path = exported("mamba", "int4") / "weights.safetensors"
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 96]])
+    whole, lazy = (quantised_source("mamba").build("meta").eval() for _ in range(2))
+    golden.load(whole, path)
+    matrices = golden.load_coded(lazy, path)
+    with torch.no_grad():
+        with Coded(matrices):
+            assert torch.equal(lazy(tokens), whole(tokens))
+        assert torch.isnan(lazy(tokens)).all()
+        with Coded(matrices, round_inputs=True):
+            assert 0 < (lazy(tokens) - whole(tokens)).abs().max() < 1
 
 
 def test_activations_are_rounded_as_the_kernels_do() -> None:
@@ -324,7 +342,7 @@ def test_activations_are_rounded_as_the_kernels_do() -> None:
     x = torch.zeros(1, 40)
     x[0, :3] = torch.tensor([127.0, 1.5, -0.4])
     x[0, 32:34] = torch.tensor([-1.0, 0.5])
-    rounded = golden.rounded_input(x)[0]
+    rounded = rounded_input(x)[0]
     assert rounded[:3].tolist() == [127.0, 2.0, 0.0]
     assert rounded[32:34].tolist() == pytest.approx([-1.0, 64 / 127])
     assert not rounded[3:32].any() and rounded.shape == (40,)
