@@ -26,7 +26,7 @@ from edgeseq.errors import CompileError
 from edgeseq.verify.chain import verify
 from exporters import contrib, export
 from exporters.rounding import dequantise, quantise
-from tests.exporters.support import CONFIGS, quantised_source
+from tests.exporters.support import QUANTISABLE, quantised_source
 
 from .machine import Machine, model_of, onnx_stream, port
 from .test_kernels import close
@@ -214,7 +214,7 @@ def packed(m: int, k: int, bits: int) -> int:
 def test_inspect_counts_what_a_token_reads(
     built: Callable[[str, str, str], Path], quant: str, bits: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    c = CONFIGS["mamba of quantisable size"]
+    c = QUANTISABLE["mamba"]
     d, inner, n, r, v = c.d_model, c.d_inner, c.d_state, c.dt_rank, c.vocab_size
     projections = packed(2 * inner, d, bits) + packed(r + 2 * n, inner, bits) + packed(d, inner, bits)
     vectors = d + inner * (c.d_conv + 1) + inner * n + inner + inner  # norm; convolution and bias; A; D; dt bias

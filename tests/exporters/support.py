@@ -22,10 +22,11 @@ CONFIGS = {
     "mamba": MambaConfig(97, 24, 2, 40, d_state=5, d_conv=3, dt_rank=3, conv_bias=False, tie=False),
     "retnet": RetNetConfig(101, 24, 2, 3, 28),
     "transformer": TransformerConfig(89, 24, 2, 6, 3, 10, 36, attention_bias=True),
-    # wide enough to be quantised: an odd number of blocks, rows off every multiple, a last block that is padded
-    "mamba of quantisable size": MambaConfig(97, 96, 2, 160, d_state=5, d_conv=3, dt_rank=64),
-    "retnet of quantisable size": RetNetConfig(101, 96, 2, 3, 100),
-    "transformer of quantisable size": TransformerConfig(89, 96, 2, 6, 3, 10, 100, attention_bias=True),
+}
+QUANTISABLE = {  # wide enough to be: an odd number of blocks, rows off every multiple, a last block that is padded
+    "mamba": MambaConfig(97, 96, 2, 160, d_state=5, d_conv=3, dt_rank=64),
+    "retnet": RetNetConfig(101, 96, 2, 3, 100),
+    "transformer": TransformerConfig(89, 96, 2, 6, 3, 10, 100, attention_bias=True),
 }
 
 
@@ -35,7 +36,7 @@ def source(family: str) -> Source:
 
 
 def quantised_source(family: str) -> Source:
-    config = CONFIGS[f"{family} of quantisable size"]
+    config = QUANTISABLE[family]
     return random_source(f"{family} of quantisable size", family_of_config(config), config)
 
 

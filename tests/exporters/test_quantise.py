@@ -25,7 +25,7 @@ from exporters import export, golden, rounding
 from exporters.coded import Coded, rounded_input
 from exporters.quantise import quantise_graph
 from exporters.rounding import BLOCK, dequantise, quantise
-from tests.exporters.support import CONFIGS, quantised_source, worst
+from tests.exporters.support import QUANTISABLE, quantised_source, worst
 
 FAMILIES = ("mamba", "retnet", "transformer")
 
@@ -256,7 +256,7 @@ def test_what_is_stored(exported: Callable[..., Path]) -> None:
     """Codes and scales under the matrix's name; the time step, the convolution and vectors untouched."""
     directory, source = exported("mamba", "int4"), quantised_source("mamba")
     stored = load_file(directory / "weights.safetensors")
-    config = CONFIGS["mamba of quantisable size"]
+    config = QUANTISABLE["mamba"]
     matrices = {"embed.weight", *(f"layers.{i}.{n}.weight" for i in (0, 1) for n in ("in_proj", "x_proj", "out_proj"))}
     assert {n.removesuffix(".codes") for n in stored if n.endswith(".codes")} == matrices
     for name in source.tensor_names():
