@@ -41,6 +41,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"quant": "int4"},
     "int4 head too": {"quant": "int4"},
     "int4 uncalibrated": {"quant": "int4", "calibrate": 0},
+    "int4 calibrated": {"quant": "int4", "calibrate": 4096},
     "int4 unsearched": {"quant": "int4", "calibrate": 0},
 }
 USUAL = ("fp32", "fp16", "bf16", "int8", "int4", "int4 uncalibrated")
