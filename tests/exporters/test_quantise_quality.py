@@ -11,6 +11,7 @@ import pytest
 from edgeseq.models import families
 from edgeseq.models.source import ZOO_WEIGHTS, open_source
 from edgeseq.models.train import bits_per_byte
+from edgeseq.verify.chain import verify
 from exporters import export, golden
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def test_rounding_costs_little(family: str, quant: str, tmp_path: Path) -> None:
     export(name, tmp_path / "export", quant=quant, chunks=(), context=256)
     exact = bits_per_byte(open_source(name).build("cpu").eval(), SAMPLE, 256)
     rounded = stored_bits(name, tmp_path / "export")
+    assert verify(tmp_path / "export", live=True).ok, "PyTorch built again takes the weights as stored"
     assert rounded - exact < COSTS[quant]
     row = page_rows().get((name, quant))
     if row is not None:
