@@ -19,9 +19,9 @@ State of a layer: conv [1,k-1,D] (the last inputs of the convolution) and ssm [1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from edgeseq.models import functional as ops
 from edgeseq.models import parallel
 from edgeseq.models.base import Array, Checkpoint, Family, SequenceModel, StoredTensor, last_logits, normal
 from edgeseq.models.hf import MOST_LAYERS, ConfigReader
+from edgeseq.models.stack import Mixer, NegativeExp
 from edgeseq.spec import StateSlot
 
 
@@ -53,23 +54,34 @@ class MambaConfig:
     tie: bool = True
 
 
-class _NegativeExp(nn.Module):
-    """Training optimises log(-A), as published, so that A stays negative."""
-
-    def forward(self, log: Tensor) -> Tensor:
-        return -torch.exp(log)
-
-    def right_inverse(self, a: Tensor) -> Tensor:
-        return torch.log(-a)
+Norm = Callable[[Tensor, Tensor | None, float], Tensor]
 
 
-class MambaLayer(nn.Module):
-    """One residual layer; parameters as in the module docstring, A stored negative and N-major."""
+class MixerShape(Protocol):
+    """What the mixer reads of a config: the fields of `MambaConfig` that do not concern the layers around it."""
 
-    def __init__(self, c: MambaConfig) -> None:
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_inner(self) -> int: ...
+    @property
+    def d_state(self) -> int: ...
+    @property
+    def d_conv(self) -> int: ...
+    @property
+    def dt_rank(self) -> int: ...
+    @property
+    def proj_bias(self) -> bool: ...
+    @property
+    def conv_bias(self) -> bool: ...
+
+
+class MambaMixer(Mixer):
+    """What a layer adds to the residual stream, given its normed input; parameters as above, A negative and N-major."""
+
+    def __init__(self, c: MixerShape) -> None:
         super().__init__()
         self.c = c
-        self.norm = nn.Parameter(torch.ones(c.d_model))
         self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner, bias=c.proj_bias)
         self.conv_weight = nn.Parameter(torch.empty(c.d_inner, c.d_conv))
         self.conv_bias = nn.Parameter(torch.zeros(c.d_inner)) if c.conv_bias else None
@@ -80,27 +92,51 @@ class MambaLayer(nn.Module):
         self.D = nn.Parameter(torch.ones(c.d_inner))
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
 
-    def split_x(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u [B,T,D] -> dt before its bias [B,T,D], B [B,T,N], C [B,T,N]."""
+    def split_x(self, u: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """u [B,T,D] -> dt before its bias [B,T,D], B [B,T,N], C [B,T,N]; `norm` is for those who norm the three."""
         r, n = self.c.dt_rank, self.c.d_state
         x = self.x_proj(u)
         return self.dt_proj(x[..., :r]), x[..., r : r + n], x[..., r + n :]
 
-    def forward(self, x: Tensor) -> Tensor:
-        xz = self.in_proj(ops.rms_norm_parallel(x, self.norm, self.c.eps))
+    def forward(self, h: Tensor) -> Tensor:
+        xz = self.in_proj(h)
         u, z = xz[..., : self.c.d_inner], xz[..., self.c.d_inner :]
         u = F.silu(parallel.causal_conv_parallel(u, self.conv_weight, self.conv_bias))
-        dt, b, c = self.split_x(u)
+        dt, b, c = self.split_x(u, ops.rms_norm_parallel)
         y = parallel.selective_scan_parallel(u, F.softplus(dt + self.dt_bias), self.A, b, c)
-        return x + self.out_proj((y + self.D * u) * F.silu(z))
+        return self.out_proj((y + self.D * u) * F.silu(z))
 
-    def advance(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        xz = self.in_proj(ops.rms_norm(x, self.norm, self.c.eps))
+    def advance(self, h: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        conv, ssm = state
+        xz = self.in_proj(h)
         u, z = xz[..., : self.c.d_inner], xz[..., self.c.d_inner :]
         u, conv = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv, silu=True)
-        dt, b, c = self.split_x(u)
+        dt, b, c = self.split_x(u, ops.rms_norm)
         y, ssm = ops.selective_scan(u, dt, self.A, b, c, self.D, z, self.dt_bias, ssm)
-        return x + self.out_proj(y), conv, ssm
+        return self.out_proj(y), conv, ssm
+
+    def state_slots(self) -> tuple[StateSlot, ...]:
+        c = self.c
+        return (
+            StateSlot("conv", "float32", (1, c.d_conv - 1, c.d_inner), 0.0, "shift", 1),
+            StateSlot("ssm", "float32", (1, c.d_state, c.d_inner)),
+        )
+
+
+class MambaLayer(MambaMixer):
+    """The mixer with the layer's norm and residual."""
+
+    def __init__(self, c: MambaConfig) -> None:
+        super().__init__(c)
+        self.eps = c.eps
+        self.norm = nn.Parameter(torch.ones(c.d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(ops.rms_norm_parallel(x, self.norm, self.eps))
+
+    def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        y, conv, ssm = super().advance(ops.rms_norm(x, self.norm, self.eps), *state)
+        return x + y, conv, ssm
 
 
 class Mamba(SequenceModel):
@@ -127,18 +163,18 @@ class Mamba(SequenceModel):
 
     def parametrize(self) -> None:
         for layer in self.layers:
-            register_parametrization(layer, "A", _NegativeExp())
+            register_parametrization(layer, "A", NegativeExp())
 
     def unparametrize(self) -> None:
         for layer in self.layers:
             remove_parametrizations(layer, "A")
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
-        c, slots = self.config, []
-        for i in range(c.n_layers):
-            slots.append(StateSlot(f"layers.{i}.conv", "float32", (1, c.d_conv - 1, c.d_inner), 0.0, "shift", 1))
-            slots.append(StateSlot(f"layers.{i}.ssm", "float32", (1, c.d_state, c.d_inner)))
-        return tuple(slots)
+        return tuple(
+            replace(slot, name=f"layers.{i}.{slot.name}")
+            for i, layer in enumerate(self.layers)
+            for slot in layer.state_slots()
+        )
 
     def advance(self, tokens: Tensor, position: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         x, new = self.embed(tokens), []
@@ -216,34 +252,40 @@ def _rank(r: ConfigReader, field: str, d_model: int) -> int:
     return math.ceil(d_model / 16) if r.raw.get(field, "auto") == "auto" else r.positive(field)
 
 
+def mixer_tensors(c: MixerShape, theirs: str) -> dict[str, StoredTensor]:
+    """Names of one mixer -> names and shapes where they are stored, below the prefix `theirs` (ends in a dot)."""
+    d, D, N, R = c.d_model, c.d_inner, c.d_state, c.dt_rank
+    names = {
+        "in_proj.weight": StoredTensor(f"{theirs}in_proj.weight", (2 * D, d)),
+        "conv_weight": StoredTensor(f"{theirs}conv1d.weight", (D, 1, c.d_conv), lambda x: x[:, 0]),
+        "x_proj.weight": StoredTensor(f"{theirs}x_proj.weight", (R + 2 * N, D)),
+        "dt_proj.weight": StoredTensor(f"{theirs}dt_proj.weight", (D, R)),
+        "dt_bias": StoredTensor(f"{theirs}dt_proj.bias", (D,)),
+        "A": StoredTensor(f"{theirs}A_log", (D, N), lambda x: np.ascontiguousarray(-np.exp(x).T)),
+        "D": StoredTensor(f"{theirs}D", (D,)),
+        "out_proj.weight": StoredTensor(f"{theirs}out_proj.weight", (d, D)),
+    }
+    if c.conv_bias:
+        names["conv_bias"] = StoredTensor(f"{theirs}conv1d.bias", (D,))
+    if c.proj_bias:
+        names["in_proj.bias"] = StoredTensor(f"{theirs}in_proj.bias", (2 * D,))
+        names["out_proj.bias"] = StoredTensor(f"{theirs}out_proj.bias", (d,))
+    return names
+
+
 def hf_tensors(c: MambaConfig) -> dict[str, StoredTensor]:
     """Our names -> names and shapes in `MambaForCausalLM` (the state-spaces layout differs in the embedding only)."""
-    d, D, N, R, k = c.d_model, c.d_inner, c.d_state, c.dt_rank, c.d_conv
     names = {
-        "embed.weight": StoredTensor("backbone.embeddings.weight", (c.vocab_size, d)),
-        "norm": StoredTensor("backbone.norm_f.weight", (d,)),
+        "embed.weight": StoredTensor("backbone.embeddings.weight", (c.vocab_size, c.d_model)),
+        "norm": StoredTensor("backbone.norm_f.weight", (c.d_model,)),
     }
     if not c.tie:
-        names["head"] = StoredTensor("lm_head.weight", (c.vocab_size, d))
+        names["head"] = StoredTensor("lm_head.weight", (c.vocab_size, c.d_model))
     for i in range(c.n_layers):
-        ours, theirs = f"layers.{i}", f"backbone.layers.{i}.mixer"
-        layer = {
-            "norm": StoredTensor(f"backbone.layers.{i}.norm.weight", (d,)),
-            "in_proj.weight": StoredTensor(f"{theirs}.in_proj.weight", (2 * D, d)),
-            "conv_weight": StoredTensor(f"{theirs}.conv1d.weight", (D, 1, k), lambda x: x[:, 0]),
-            "x_proj.weight": StoredTensor(f"{theirs}.x_proj.weight", (R + 2 * N, D)),
-            "dt_proj.weight": StoredTensor(f"{theirs}.dt_proj.weight", (D, R)),
-            "dt_bias": StoredTensor(f"{theirs}.dt_proj.bias", (D,)),
-            "A": StoredTensor(f"{theirs}.A_log", (D, N), lambda x: np.ascontiguousarray(-np.exp(x).T)),
-            "D": StoredTensor(f"{theirs}.D", (D,)),
-            "out_proj.weight": StoredTensor(f"{theirs}.out_proj.weight", (d, D)),
-        }
-        if c.conv_bias:
-            layer["conv_bias"] = StoredTensor(f"{theirs}.conv1d.bias", (D,))
-        if c.proj_bias:
-            layer["in_proj.bias"] = StoredTensor(f"{theirs}.in_proj.bias", (2 * D,))
-            layer["out_proj.bias"] = StoredTensor(f"{theirs}.out_proj.bias", (d,))
-        names |= {f"{ours}.{name}": stored for name, stored in layer.items()}
+        theirs = f"backbone.layers.{i}."
+        names[f"layers.{i}.norm"] = StoredTensor(f"{theirs}norm.weight", (c.d_model,))
+        mixer = mixer_tensors(c, f"{theirs}mixer.")
+        names |= {f"layers.{i}.{name}": stored for name, stored in mixer.items()}
     return names
 
 
