@@ -203,11 +203,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> TransformerConfig:
         attention_bias=r.flag("attention_bias", False),
         mlp_bias=r.flag("mlp_bias", False),
         tie=r.flag("tie_word_embeddings", False),
-        rope=_rope(r),
+        rope=rope_from_hf(r),
     )
 
 
-def _rope(r: ConfigReader) -> RopeConfig:
+def rope_from_hf(r: ConfigReader) -> RopeConfig:
+    """Rotary frequencies of a config.json, whatever version of transformers wrote it; a partial rotation is refused."""
     nested = "rope_parameters" if r.get("rope_parameters") is not None else "rope_scaling"
     p = ConfigReader(r.get(nested) or {}, prefix=f"{nested}.")
     theta = p.number("rope_theta", r.number("rope_theta", 10000.0))
