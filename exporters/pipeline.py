@@ -67,7 +67,7 @@ def export(
     flavour: str = "onnx",
     quant: str = "none",
     chunks: Sequence[int] | None = None,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     dtype: str = "fp32",
     calibrate: int | None = None,
     progress: Progress | None = None,
@@ -78,6 +78,7 @@ def export(
     quant:    "int8" or "int4" rounds the matrices in blocks of 32 (docs/quantisation.md says which); "none" does not.
     chunks:   lengths of the chunk graphs; None means 8 and 64 as far as the context allows.
     context:  longest sequence a growing state can hold; a model whose state does not grow ignores it (manifest: 0).
+              None means 2048, or as many tokens as the model has positions for.
     dtype:    storage of the matrices that are not quantised, "fp32", "fp16" or "bf16"; all else, and arithmetic, is
               float32.
     calibrate: tokens the model writes for itself, so that int4 rounding corrects its errors for the inputs they make; 0
@@ -86,12 +87,16 @@ def export(
     Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
     appears whole or not at all; an earlier export there is replaced.
     """
-    request = Request.checked(flavour, quant, chunks, context, dtype, calibrate, progress)
+    wanted = DEFAULT_CONTEXT if context is None else context
+    request = Request.checked(flavour, quant, chunks, wanted, dtype, calibrate, progress)
     if isinstance(source, str):
         from edgeseq.models.source import open_source
 
         source = open_source(source)
     model = source.build("meta").eval()
+    longest = getattr(model, "longest", None)
+    if context is None and longest is not None:
+        request = dataclasses.replace(request, context=min(DEFAULT_CONTEXT, longest))
     signatures = _signatures(model, request)
     with new_directory(Path(out), is_export, "previous export") as directory:
         return _write(directory, source, model, signatures, request)
@@ -172,7 +177,8 @@ def _signatures(model: nn.Module, request: Request) -> list[StepSignature]:
 
 
 def _grows(model: Any, context: int) -> bool:
-    return model.state_slots(context) != model.state_slots(context + 1)
+    other = context - 1 if context == getattr(model, "longest", None) else context + 1
+    return model.state_slots(context) != model.state_slots(other)
 
 
 def _write(

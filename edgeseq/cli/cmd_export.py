@@ -42,9 +42,8 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--context",
                 metavar="N",
                 type=int,
-                default=2048,
-                show_default=True,
-                help="Longest sequence a KV cache holds; recurrent models ignore it.",
+                help="Longest sequence a KV cache holds; recurrent models ignore it.  "
+                "[default: 2048, or as many positions as the model has]",
             ),
             click.option(
                 "--dtype",

@@ -26,9 +26,11 @@ class SequenceModel(nn.Module):
 
     config:        the family's frozen dataclass; it has at least `vocab_size` and `d_model`.
     uses_position: whether `advance` reads `position`; the exported graph has that input only then.
+    longest:       tokens of the longest sequence it can read; None where there is no such limit.
     """
 
     uses_position: ClassVar[bool] = True
+    longest: int | None = None
     config: Any
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -119,11 +121,15 @@ def _longer(spec: TensorSpec, tokens: int) -> TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a model tensor lies in a checkpoint: its name and shape there, and how it becomes ours."""
+    """Where a model tensor lies in a checkpoint: its name and shape there, and how it becomes ours.
+
+    parts: where the checkpoint lacks `name`, the tensors that are ours when they are laid one below the other.
+    """
 
     name: str
     shape: tuple[int, ...]
     convert: Callable[[Array], Array] = lambda x: x
+    parts: tuple[StoredTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,7 @@ class Checkpoint:
     aliases:     other spellings, tried when a name is absent: (stored name -> alternative name).
     tied:        stored name -> our tensor it repeats when the config ties them; its values are compared.
     ignored:     endings of stored names that are no parameters (buffers old checkpoints carry).
+    optional_prefix: how stored names begin in some checkpoints only.
     """
 
     model_types: tuple[str, ...]
@@ -146,6 +153,7 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "embed.weight"})
     ignored: tuple[str, ...] = ()
+    optional_prefix: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,12 @@ def resolve(checkpoint: Checkpoint, config: Any, files: TensorFiles) -> dict[str
     """Match every tensor of the model to one in the files; missing, surplus or misshapen ones are refused by name."""
     present, resolved = set(files.names()), {}
     for ours, stored in checkpoint.tensors(config).items():
-        name = stored.name if stored.name in present else checkpoint.aliases.get(stored.name, stored.name)
-        resolved[ours] = StoredTensor(name, stored.shape, stored.convert)
-    missing = sorted(t.name for t in resolved.values() if t.name not in present)
+        resolved[ours] = _located(checkpoint, stored, present)
+    pieces = [piece for tensor in resolved.values() for piece in tensor.parts or (tensor,)]
+    missing = sorted(t.name for t in pieces if t.name not in present)
     if missing:
         raise SourceError(f"The checkpoint lacks {_few(missing)}, which config.json implies")
-    surplus = present - {t.name for t in resolved.values()}
+    surplus = present - {t.name for t in pieces}
     for name, ours in checkpoint.tied.items():
         if name in surplus and ours in resolved:
             surplus.remove(name)
@@ -148,9 +149,28 @@ def resolve(checkpoint: Checkpoint, config: Any, files: TensorFiles) -> dict[str
     unknown = sorted(name for name in surplus if not name.endswith(checkpoint.ignored))
     if unknown:
         raise SourceError(f"The checkpoint also holds {_few(unknown)}, which this model has no place for")
-    for tensor in resolved.values():
+    for tensor in pieces:
         files.check(tensor.name, tensor.shape)
     return resolved
+
+
+def _located(checkpoint: Checkpoint, stored: StoredTensor, present: Set[str]) -> StoredTensor:
+    """The tensor under the name it has in these files, without parts, or its parts under theirs."""
+    name = stored.name
+    if name not in present:
+        name = checkpoint.aliases.get(name, name)
+    short = name.removeprefix(checkpoint.optional_prefix)
+    name = short if name not in present and short in present else name
+    if name not in present and stored.parts:
+        return replace(stored, parts=tuple(_located(checkpoint, part, present) for part in stored.parts))
+    return replace(stored, name=name, parts=())
+
+
+def read_tensor(stored: StoredTensor, files: TensorFiles) -> Array:
+    """One tensor of the model, from what `resolve` found."""
+    if stored.parts:
+        return np.concatenate([read_tensor(part, files) for part in stored.parts])
+    return np.ascontiguousarray(stored.convert(files.read(stored.name)))
 
 
 def _few(names: list[str]) -> str:

@@ -35,7 +35,7 @@ def twin(config: Any) -> TransformerConfig:
 
     Raises SourceError for a transformer, which is its own rival, and where 2 % cannot be met.
     """
-    if isinstance(config, TransformerConfig):
+    if type(config) is TransformerConfig:
         raise SourceError("A transformer is KV-cached attention already, so it has no twin")
     target, d = family_of_config(config).param_count(config), config.d_model
     heads, width = head_shape(d)

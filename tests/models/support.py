@@ -8,6 +8,7 @@ from torch import Tensor
 
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
+from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.retnet import RetNetConfig
@@ -22,6 +23,7 @@ from edgeseq.models.twin import family_of_config
 CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
 ODD = {
+    "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
     "mistral-odd": MistralConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, rope=LLAMA3, window=5),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
@@ -41,7 +43,7 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
     tensors = {}
     for name, shape in ((n, tuple(t.shape)) for n, t in model.state_dict().items()):
         drawn = 0.15 * rng.standard_normal(shape)
-        if name.endswith("norm"):
+        if name.endswith(("norm", "norm.weight")):
             drawn = 1.0 + drawn
         elif name.endswith(".A"):
             drawn = -np.exp(0.5 + 3.0 * drawn)

@@ -85,6 +85,11 @@ def test_a_twin_is_refused_where_there_is_none() -> None:
         twin(3)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_attention_of_another_kind_has_the_tiny_transformer_as_its_twin(name: str) -> None:
+    assert twin(family(name).tiny) == family("transformer").tiny
+
+
 def test_random_weights_do_not_depend_on_the_order_of_reading() -> None:
     one, two = (open_source("zoo:mamba-130m") for _ in range(2))
     names = ["norm", "layers.3.dt_bias", "layers.3.in_proj.weight"]
@@ -100,9 +105,10 @@ def test_random_weights_keep_long_runs_finite_and_lively(name: str) -> None:
     """400 steps of the tiny shape with random weights: finite, and the scores neither collapse nor explode."""
     source = random_source(f"random-{name}", family(name), family(name).tiny)
     model, token = source.build(), torch.zeros(1, 1, dtype=torch.int64)
-    state, spread = model.initial_state(1, 400), []
+    steps = min(400, model.longest or 400)
+    state, spread = model.initial_state(1, steps), []
     with torch.no_grad():
-        for position in range(400):
+        for position in range(steps):
             logits, *state = model.advance(token, torch.tensor([position]), *state)
             token = (token * 7 + 13 + position) % 256
             spread.append(logits.std().item())
