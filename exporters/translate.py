@@ -24,6 +24,7 @@ onnx_op = Opset("", ONNX_OPSET)
 
 def translations(flavour: str) -> Translation:
     """The table for torch.onnx.export; `flavour` is "onnx" (portable) or "ort" (com.microsoft twins where faster)."""
+    import edgeseq.models.experts_op
     import edgeseq.models.functional  # noqa: F401  registers the torch operators
 
     register_all()
@@ -40,6 +41,7 @@ def translations(flavour: str) -> Translation:
         ours.rotary.default: rotary,
         ours.cached_attention.default: cached_attention,
         ours.window_attention.default: window_attention,
+        ours.expert_linear.default: expert_linear,
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
         torch.ops.aten.slice.Tensor: slice_tensor,
@@ -145,6 +147,11 @@ def causal_conv_ort(x: Value, weight: Value, bias: Value | None, past: Value, si
         x, onnx_op.Unsqueeze(weight, ints([1])), bias, past,
         activation=_activation(silu), channels_last=1, _outputs=2,
     )  # fmt: skip
+
+
+def expert_linear(x: Value, index: Value, w: Value, gates: Value | None, num_experts: int) -> Value:
+    """ai.edgeseq.ExpertLinear, inputs in this order."""
+    return Opset(DOMAIN, VERSION).ExpertLinear(x, index, w, gates, num_experts=num_experts)
 
 
 def rms_norm(x: Value, weight: Value | None, eps: float) -> Value:

@@ -21,7 +21,7 @@ from torch import nn
 from edgeseq.errors import SourceError, UsageError
 from edgeseq.models import families, family
 from edgeseq.models.base import Array, Family, SequenceModel
-from edgeseq.models.checkpoint import TensorFiles, open_directory
+from edgeseq.models.checkpoint import TensorFiles, open_directory, read_tensor
 from edgeseq.models.factory import make_module
 from edgeseq.models.pth import SUFFIXES, open_pth
 from edgeseq.models.twin import WITHIN, twin
@@ -164,7 +164,7 @@ def _open_directory(directory: Path) -> FamilySource:
     record, config, names, files = open_directory(directory)
 
     def read(name: str, shape: tuple[int, ...]) -> Array:
-        return np.ascontiguousarray(names[name].convert(files.read(names[name].name)))
+        return read_tensor(names[name], files)
 
     tokenizer = directory / "tokenizer.json"
     return FamilySource(str(directory), record, config, tokenizer if tokenizer.is_file() else None, read)

@@ -20,17 +20,21 @@ Attributes = Mapping[str, int | float]
 
 @dataclass(frozen=True)
 class Param:
-    """A formal input or output. `shape` names its axes, the same letter meaning the same size everywhere."""
+    """A formal input or output. `shape` names its axes, the same letter meaning the same size everywhere.
+
+    type: float32 unless it says "int64" (an index) or "uint8" (codes of a quantised matrix).
+    """
 
     name: str
     shape: str
     doc: str
     optional: bool = False
+    type: str = "float"
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operator of the domain, float32 throughout.
+    """One operator of the domain; its arithmetic, state and outputs are float32.
 
     attributes: name -> (default, sentence). The default's Python type is the attribute's type.
     infer:      (input shapes, None for an absent optional; attributes) -> output shapes. Raises ValueError.
@@ -60,7 +64,10 @@ class Op:
         option = OpSchema.FormalParameterOption
         formal = [
             OpSchema.FormalParameter(
-                p.name, "T", f"{p.shape}: {p.doc}", param_option=option.Optional if p.optional else option.Single
+                p.name,
+                "T" if p.type == "float" else f"tensor({p.type})",
+                f"{p.shape}: {p.doc}",
+                param_option=option.Optional if p.optional else option.Single,
             )
             for p in (*self.inputs, *self.outputs)
         ]
