@@ -89,7 +89,7 @@ def test_a_twin_is_refused_where_there_is_none() -> None:
 def test_attention_of_another_kind_has_the_tiny_transformer_as_its_twin(name: str) -> None:
     """`twin_of` takes the trained one where it is as large within 2 %, and a twin has to exist for that."""
     made, tiny = twin(family(name).tiny), family("transformer").tiny
-    assert (made.d_model, made.n_layers, made.n_heads) == (tiny.d_model, tiny.n_layers, tiny.n_heads)
+    assert (made.d_model, made.vocab_size, made.tie) == (tiny.d_model, tiny.vocab_size, tiny.tie)
     trained, size = family("transformer").param_count(tiny), family(name).param_count(family(name).tiny)
     assert abs(trained / size - 1) <= WITHIN
 
