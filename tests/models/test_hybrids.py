@@ -1,0 +1,44 @@
+"""Hybrids against Hugging Face's whole-sequence forward (`use_cache=False`): their own decoding is wrong in places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.huggingface import assert_greedy_parity, randomise, save
+
+transformers = pytest.importorskip("transformers")
+
+# fmt: off
+CASES: dict[str, dict[str, Any]] = {
+    "bamba": {"vocab_size": 1009, "hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3,
+              "num_attention_heads": 3, "num_key_value_heads": 1, "attn_layer_indices": [1], "mamba_n_heads": 6,
+              "mamba_n_groups": 3, "mamba_d_state": 7, "mamba_d_conv": 3, "mamba_chunk_size": 16},
+    "bamba-biased": {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 31, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [0],
+                     "mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 3, "mamba_d_state": 5,
+                     "mamba_chunk_size": 8, "time_step_limit": (0.02, 0.3), "mamba_proj_bias": True,
+                     "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3,
+                     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+}
+# fmt: on
+CLASSES = {"bamba": ("BambaConfig", "BambaForCausalLM")}
+WIDE = ("embed_tokens.weight", "out_proj.weight", "o_proj.weight")
+
+
+def reference(name: str, folder: Path, **changed: Any) -> torch.nn.Module:
+    """The random checkpoint of a case, saved; its time steps lie on both sides of every clamp."""
+    config, model = (getattr(transformers, part) for part in CLASSES[name.partition("-")[0]])
+    made = model(config(**CASES[name] | changed))
+    randomise(made, 0, WIDE)
+    return save(made, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_64_greedy_tokens_and_their_logits(name: str, tmp_path: Path) -> None:
+    hf = reference(name, tmp_path)
+    parameters = sum(p.numel() for p in hf.parameters())
+    assert_greedy_parity(tmp_path, lambda tokens: hf(tokens, use_cache=False).logits, parameters)
