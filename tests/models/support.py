@@ -19,6 +19,7 @@ from edgeseq.models.rwkv7 import Rwkv7Config
 from edgeseq.models.source import load_weights
 from edgeseq.models.transformer import RopeConfig, TransformerConfig
 from edgeseq.models.twin import family_of_config
+from tests.models.hybrid_shapes import HYBRIDS
 
 CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
@@ -33,6 +34,7 @@ ODD = {
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
     "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
 }
+ODD |= HYBRIDS
 CONFIGS = ODD | {f"{name}-tiny": record.tiny for name, record in families().items()}
 
 
