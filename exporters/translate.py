@@ -45,6 +45,8 @@ def translations(flavour: str) -> Translation:
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
         torch.ops.aten.slice.Tensor: slice_tensor,
+        torch.ops.aten.sort.stable: stable_sort,
+        torch.ops.aten.cumprod.default: cumulative_product,
     }
     if flavour == "ort":
         table |= {
@@ -240,6 +242,17 @@ def slice_tensor(x: Value, dim: int = 0, start: int | None = None, end: int | No
         return onnx_op.Identity(x)
     steps = () if step == 1 else (ints([step]),)
     return onnx_op.Slice(x, ints([first]), ints([last]), ints([dim]), *steps)
+
+
+def stable_sort(x: Value, stable: bool = True, dim: int = -1, descending: bool = False) -> Value:
+    """TopK (24) of the whole axis: of equal elements the one with the lower index comes first."""
+    size = static_shape(x)[dim]
+    return onnx_op.TopK(x, ints([size]), axis=dim, largest=int(descending), sorted=1, _outputs=2)
+
+
+def cumulative_product(x: Value, dim: int) -> Value:
+    """CumProd (26), the element itself included."""
+    return onnx_op.CumProd(x, onnx_op.Constant(value_int=dim))
 
 
 def heads(x: Value, count: int) -> Value:

@@ -137,10 +137,8 @@ class Lowering:
         if (name, zero) not in self._quantized:
             x = self.rows(name)
             n = blocks(x.cols)
-            q = self._scratch(f"{name}.q", "int8", (x.rows, n * BLOCK))
-            scale, offset = (
-                self._scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32"))
-            )
+            q = self.scratch(f"{name}.q", "int8", (x.rows, n * BLOCK))
+            scale, offset = (self.scratch(f"{name}.{s}", d, (x.rows, n)) for s, d in (("s", "float32"), ("o", "int32")))
             outputs = (Arg(q, "w"), Arg(scale, "w"), Arg(offset, "w"))
             if not self._quantise_at_source(x, zero, outputs):
                 self.call(KernelRef("quantize", Quantize(x.rows, x.cols, x.ld, zero)), Arg(x, "r"), *outputs)
@@ -326,9 +324,10 @@ class Lowering:
     def _intermediate(self, out: str, holders: dict[str, str], kind: tuple[str, tuple[int, ...]]) -> Value:
         if out in holders:
             return self.result(holders[out])
-        return self._scratch(out, *kind)
+        return self.scratch(out, *kind)
 
-    def _scratch(self, name: str, dtype: str, shape: tuple[int, ...]) -> Value:
+    def scratch(self, name: str, dtype: str, shape: tuple[int, ...]) -> Value:
+        """Memory of the call alone, for what is no tensor of the graph."""
         storage = Storage("arena", name, math.prod(shape) * DTYPE_BYTES[dtype])
         self.arena.append(storage)
         return Value(name, dtype, shape, storage)
@@ -369,7 +368,7 @@ class Lowering:
 
     def _copied(self, value: Value) -> Value:
         """A copy of `value` in scratch memory, made at this point of the calls."""
-        copy = self._scratch(f"{value.name}.copy", value.dtype, value.shape)
+        copy = self.scratch(f"{value.name}.copy", value.dtype, value.shape)
         self._copy(value, copy)
         return copy
 

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from edgeseq.errors import SourceError, UsageError
-from edgeseq.models import families, family
-from edgeseq.models.base import Array, Family, SequenceModel
+from edgeseq.models import families, family, step_families
+from edgeseq.models.base import Array, Family
 from edgeseq.models.checkpoint import TensorFiles, open_directory, read_tensor
 from edgeseq.models.factory import make_module
 from edgeseq.models.pth import SUFFIXES, open_pth
+from edgeseq.models.step_family import StepFamily
 from edgeseq.models.twin import WITHIN, twin
 
 ZOO_WEIGHTS = Path(__file__).parent / "zoo_weights"
@@ -79,7 +80,7 @@ class FamilySource(Source):
     def __init__(
         self,
         name: str,
-        record: Family,
+        record: Family | StepFamily,
         config: Any,
         tokenizer: Path | Literal["bytes"] | None,
         read: Callable[[str, tuple[int, ...]], Array],
@@ -95,8 +96,8 @@ class FamilySource(Source):
     def _constants(self) -> dict[str, Array]:
         return self.record.constants(self.config)
 
-    def build(self, device: Device = "cpu") -> SequenceModel:
-        model = self.record.meta_model(self.config)
+    def build(self, device: Device = "cpu") -> nn.Module:
+        model: nn.Module = self.record.meta_model(self.config)
         if device == "cpu":
             load_weights(model, {name: self.tensor(name) for name in self.tensor_names()})
         return model
@@ -114,7 +115,7 @@ class FactorySource(Source):
     """A module made by the user's function."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        known = {f.model: f.name for f in families().values()}
+        known = {f.model: f.name for f in _records()}
         super().__init__(name, known.get(type(module), "custom"), getattr(module, "config", None), None)
         self.module = module
         self.tokenizer = getattr(module, "tokenizer", None)
@@ -176,7 +177,7 @@ def _open_pth(path: Path) -> FamilySource:
 
 
 def random_source(
-    name: str, record: Family, config: Any, tokenizer: Path | Literal["bytes"] | None = None
+    name: str, record: Family | StepFamily, config: Any, tokenizer: Path | Literal["bytes"] | None = None
 ) -> FamilySource:
     """Weights drawn from the name: the same name gives the same model everywhere."""
 
@@ -188,7 +189,11 @@ def random_source(
     return source
 
 
-def zoo_of(record: Family) -> dict[str, Any]:
+def _records() -> list[Family | StepFamily]:
+    return [*families().values(), *step_families().values()]
+
+
+def zoo_of(record: Family | StepFamily) -> dict[str, Any]:
     """Zoo name -> config of one family: its trained tiny model where the weights are shipped, and its public shapes."""
     trained = {f"tiny-{record.name}": record.tiny} if _tiny_path(record).is_file() else {}
     return trained | dict(record.zoo)
@@ -196,35 +201,37 @@ def zoo_of(record: Family) -> dict[str, Any]:
 
 def zoo_names() -> tuple[str, ...]:
     """Every name that `zoo:` takes, twins aside."""
-    return tuple(name for record in families().values() for name in zoo_of(record))
+    return tuple(name for record in _records() for name in zoo_of(record))
 
 
 def _open_zoo(name: str) -> FamilySource:
     if name.endswith("-twin"):
         return twin_of(_open_zoo(name.removesuffix("-twin")))
-    for record in families().values():
-        if name == f"tiny-{record.name}":
+    for record in _records():
+        if name == f"tiny-{record.name}" and record.tiny is not None:
             return _tiny(record)
         if name in record.zoo:
             return random_source(f"zoo:{name}", record, record.zoo[name])
     raise UsageError(f"The zoo has no {name!r}", f"it has {', '.join(zoo_names())}, and NAME-twin of each")
 
 
-def _tiny_path(record: Family) -> Path:
+def _tiny_path(record: Family | StepFamily) -> Path:
     return ZOO_WEIGHTS / f"tiny-{record.name}.safetensors"
 
 
-def _tiny(record: Family) -> FamilySource:
+def _tiny(record: Family | StepFamily) -> FamilySource:
     path = _tiny_path(record)
     if not path.is_file():
-        raise SourceError(f"{path} is missing", f"train it with 'python -m edgeseq.models.train {record.name}'")
+        how = f"train it with 'python -m edgeseq.models.train {record.name}'"
+        raise SourceError(f"{path} is missing", how if isinstance(record, Family) else "")
     files = TensorFiles.single(path)
 
     def read(name: str, shape: tuple[int, ...]) -> Array:
         files.check(name, shape)
         return files.read(name)
 
-    return FamilySource(f"zoo:tiny-{record.name}", record, record.tiny, "bytes", read)
+    tokenizer: Literal["bytes"] | None = "bytes" if isinstance(record, Family) else None
+    return FamilySource(f"zoo:tiny-{record.name}", record, record.tiny, tokenizer, read)
 
 
 def twin_of(source: Source) -> FamilySource:
