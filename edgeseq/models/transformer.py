@@ -101,6 +101,9 @@ class TransformerLayer(nn.Module):
         self.up_proj = nn.Linear(d, c.d_ff, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.d_ff, d, bias=c.mlp_bias)
 
+    def feed_forward_whole(self, h: Tensor) -> Tensor:
+        return self.feed_forward(h)
+
     def feed_forward(self, h: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
@@ -120,7 +123,7 @@ class TransformerLayer(nn.Module):
         q = ops.rotary_parallel(self.q_proj(h), cos, sin, c.n_heads, False)
         k = ops.rotary_parallel(self.k_proj(h), cos, sin, c.n_kv_heads, False)
         x = x + self.o_proj(self.attend_whole(q, k, self.v_proj(h)))
-        return x + self.feed_forward(ops.rms_norm_parallel(x, self.ff_norm, c.eps))
+        return x + self.feed_forward_whole(ops.rms_norm_parallel(x, self.ff_norm, c.eps))
 
     def advance(
         self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, key: Tensor, value: Tensor

@@ -11,6 +11,7 @@ from edgeseq.models.base import SequenceModel
 from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.mistral import MistralConfig
+from edgeseq.models.mixtral import MixtralConfig
 from edgeseq.models.retnet import RetNetConfig
 from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
@@ -27,6 +28,8 @@ ODD = {
     "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
     "mistral-odd": MistralConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, rope=LLAMA3, window=5),
+    "mixtral-odd": MixtralConfig(59, 30, 2, 9, 3, 10, 21, rope=LLAMA3, n_experts=5, top_k=3),
+    "mixtral-window": MixtralConfig(59, 30, 2, 9, 3, 10, 36, tie=False, n_experts=7, top_k=1, window=5),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
     "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
