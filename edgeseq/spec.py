@@ -17,7 +17,7 @@ DTYPE_BYTES: dict[str, int] = {
 }  # fmt: skip
 
 Update = Literal["overwrite", "shift", "ring", "append"]
-Role = Literal["data", "tokens", "position", "logits"]
+Role = Literal["data", "tokens", "position", "logits", "next"]
 
 MANIFEST_VERSION = 1
 

@@ -26,7 +26,7 @@ SECTION_NAMES = {
 # Position in the tuple is the number in the file.
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 UPDATES = ("overwrite", "shift", "ring", "append")
-ROLES = ("data", "tokens", "position", "logits")
+ROLES = ("data", "tokens", "position", "logits", "next")
 DIRECTIONS = ("in", "out")
 BACKENDS = ("cpu", "opencl", "cuda")
 CODE_KINDS = ("none", "source", "binary")

@@ -66,9 +66,43 @@ def negative_init(p: Parts) -> None:
     p.slots[2][5] = 0.5
 
 
-def opencl(p: Parts) -> None:
-    p.code = b"x"
-    p.kernels[0][2:] = [1, 1, 0, 1]
+def gpu(backend: int, *, block: tuple[int, ...] = (1, 1, 1), grid: tuple[int, ...] = (1, 1, 1), only: int = 99):  # type: ignore[no-untyped-def]
+    """Every kernel (or the first `only`) for a GPU backend, launch 0 over `grid` and `block`."""
+
+    def change(p: Parts) -> None:
+        p.code = b"x" * 100
+        for kernel in p.kernels[:only]:
+            kernel[2:] = [backend, backend, 0, 50]
+        p.launches[0][2:8] = [*grid, *block]
+
+    return change
+
+
+def other_code(p: Parts) -> None:
+    gpu(1)(p)
+    p.kernels[1][4] = 1
+
+
+def other_kind(p: Parts) -> None:
+    gpu(1)(p)
+    p.kernels[0][3] = 2
+
+
+def code_outside(p: Parts) -> None:
+    gpu(1)(p)
+    p.kernels[0][5] = 101
+
+
+def next_token(dtype: int, elements: int, *graphs: int) -> Callable[[Parts], None]:
+    """An output of role `next` in these graphs."""
+
+    def change(p: Parts) -> None:
+        at = p.io_bytes
+        p.io_bytes += 64
+        size = elements * {0: 4, 3: 8, 4: 4}[dtype]
+        p.io += [[p.name("next"), dtype, 1, 4, g, 1, elements, 0, 0, 0, at, size] for g in graphs]
+
+    return change
 
 
 def no_graph(p: Parts) -> None:
@@ -109,7 +143,7 @@ DEFECTS: list[tuple[str, str, Callable[[Parts], None]]] = [
     ("ES_E_AXIS", "'h' has the time axis -1", put("slots", 1, 4, -1)),
     ("ES_E_AXIS", "64 rows for a context of 65", field("context", 65)),
     ("ES_E_AXIS", "64 rows for a context of 0", field("context", 0)),
-    ("ES_E_ENUM", "role 4", put("io", 0, 3, 4)),
+    ("ES_E_ENUM", "role 5", put("io", 0, 3, 5)),
     ("ES_E_ENUM", "direction 2", put("io", 0, 5, 2)),
     ("ES_E_DIMS", "shape of 'tokens'", put("io", 0, 11, 16)),
     ("ES_E_IO", "graph 3 of 3", put("io", 0, 4, 3)),
@@ -147,7 +181,22 @@ DEFECTS: list[tuple[str, str, Callable[[Parts], None]]] = [
     ("ES_E_ARG", "would write weights", put("args", 1, 1, 3)),
     ("ES_E_ARG", "within one tensor", put("args", 1, 2, 64)),
     ("ES_E_ARG", "argument 2: 64 bytes at 0 of 32", put("graphs", 0, 4, 32)),
-    ("ES_E_BACKEND", "'gather' needs OpenCL", opencl),
+    ("ES_E_BACKEND", "'gather' needs OpenCL", gpu(1)),
+    ("ES_E_BACKEND", "'gather' needs CUDA", gpu(2)),
+    ("ES_E_KERNEL", "'leak1' is for backend 0, the first for 1", gpu(1, only=1)),
+    ("ES_E_KERNEL", "'leak1' has code of its own", other_code),
+    ("ES_E_KERNEL", "'gather' has code of its own or of the wrong kind", other_kind),
+    ("ES_E_KERNEL", "the code of kernel 'gather' lies outside", code_outside),
+    ("ES_E_LAUNCH", "groups of 1025", gpu(1, block=(1025, 1, 1))),
+    ("ES_E_LAUNCH", "groups of 2048", gpu(2, block=(2, 32, 32))),
+    ("ES_E_LAUNCH", "grid or block out of range", gpu(1, block=(1, 0, 1))),
+    ("ES_E_LAUNCH", "grid or block out of range", gpu(1, grid=(2**16, 2**16, 1))),
+    ("ES_E_LAUNCH", "out of CUDA's range", gpu(2, block=(1, 1, 65))),
+    ("ES_E_LAUNCH", "out of CUDA's range", gpu(2, grid=(1, 65536, 1))),
+    ("ES_E_ROLE", "next token of graph 1", next_token(3, 1, 0)),
+    ("ES_E_ROLE", "next token of graph 0", next_token(4, 1, 0, 1, 2)),
+    ("ES_E_ROLE", "wrong for its role", next_token(0, 1, 0, 1, 2)),
+    ("ES_E_ROLE", "wrong for its role", next_token(3, 2, 0, 1, 2)),
     ("ES_E_PLAN_ID", "compiled for plan", put("launches", 2, 1, 0)),
 ]
 

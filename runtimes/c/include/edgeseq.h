@@ -51,6 +51,7 @@ typedef int32_t es_status;
 #define ES_CLASS_STATE 6    /* a saved state is malformed or foreign */
 #define ES_CLASS_CONTEXT 7  /* the sequence would outgrow the model's context */
 #define ES_CLASS_BUSY 8     /* sessions still use the model */
+#define ES_CLASS_DEVICE 9   /* the GPU or its driver */
 
 #define ES_E_NULL ES_STATUS(ES_CLASS_ARGUMENT, 1)        /* a pointer that must not be NULL is */
 #define ES_E_STRUCT ES_STATUS(ES_CLASS_ARGUMENT, 2)      /* struct_size is smaller than version 1's */
@@ -117,6 +118,15 @@ typedef int32_t es_status;
 
 #define ES_E_FULL ES_STATUS(ES_CLASS_CONTEXT, 1)
 #define ES_E_SESSIONS ES_STATUS(ES_CLASS_BUSY, 1)
+
+#define ES_E_DEVICE_DRIVER ES_STATUS(ES_CLASS_DEVICE, 1) /* the driver's library is not there or cannot be opened */
+#define ES_E_DEVICE_OLD ES_STATUS(ES_CLASS_DEVICE, 2)    /* the driver is too old: a function or a version is missing */
+#define ES_E_DEVICE_NONE ES_STATUS(ES_CLASS_DEVICE, 3)   /* the driver offers no device, or not the one asked for */
+#define ES_E_DEVICE_MEMORY ES_STATUS(ES_CLASS_DEVICE, 4) /* not enough memory on the device */
+#define ES_E_DEVICE_BUILD ES_STATUS(ES_CLASS_DEVICE, 5)  /* the driver cannot build or load the kernels */
+#define ES_E_DEVICE_ARCH ES_STATUS(ES_CLASS_DEVICE, 6)   /* the bundle was compiled for another kind of device */
+#define ES_E_DEVICE_LAUNCH ES_STATUS(ES_CLASS_DEVICE, 7) /* the driver refuses a launch or a copy */
+#define ES_E_DEVICE_LOST ES_STATUS(ES_CLASS_DEVICE, 8)   /* the device is gone or hung: every later call says so too */
 
 /* A fixed sentence for a status, never NULL. */
 ES_API const char *es_status_text(es_status status);
@@ -206,6 +216,21 @@ typedef struct es_model_info {
 #define ES_MODEL_INFO_INIT {(uint32_t)sizeof(es_model_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, {0}, 0, 0, 0, 0, 0}
 ES_API es_status es_model_get_info(const es_model *model, es_model_info *info);
 
+#define ES_BACKEND_CPU 0u
+#define ES_BACKEND_OPENCL 1u
+#define ES_BACKEND_CUDA 2u
+
+/* What the model runs on. */
+typedef struct es_device_info {
+    uint32_t struct_size;
+    uint32_t backend;
+    uint64_t weight_bytes;  /* that the device reads; on a GPU once per model, in its memory or shared with the host's */
+    uint64_t session_bytes; /* device memory of one session; 0 on the CPU, where es_session_need counts all */
+    char text[256];         /* vendor, device and driver in a line */
+} es_device_info;
+#define ES_DEVICE_INFO_INIT {(uint32_t)sizeof(es_device_info), 0, 0, 0, {0}}
+ES_API es_status es_model_device(const es_model *model, es_device_info *info);
+
 typedef struct es_graph_info {
     uint32_t struct_size;
     uint32_t tokens; /* steps that one run consumes */
@@ -230,6 +255,7 @@ ES_API es_status es_model_graph(const es_model *model, uint32_t index, es_graph_
 #define ES_ROLE_TOKENS 1u
 #define ES_ROLE_POSITION 2u
 #define ES_ROLE_LOGITS 3u
+#define ES_ROLE_NEXT 4u /* the most likely next token, the first of equals */
 
 #define ES_UPDATE_OVERWRITE 0u
 #define ES_UPDATE_SHIFT 1u
@@ -258,7 +284,7 @@ ES_API es_status es_model_slot(const es_model *model, uint32_t index, es_tensor_
 
 typedef struct es_session es_session;
 
-/* Exact bytes of one session. Does not depend on how long the sequence gets. */
+/* Exact bytes of one session in the host's memory. Does not depend on how long the sequence gets. */
 ES_API es_status es_session_need(const es_model *model, size_t *bytes);
 /* In the caller's memory of at least es_session_need bytes (any alignment), or NULL, 0: malloc once. */
 ES_API es_status es_session_create(es_model *model, void *memory, size_t bytes, es_session **session, es_error *why);

@@ -93,6 +93,14 @@ const char *es_status_text(es_status status)
     case ES_E_STATE_SIZE: return "the saved state's size is not this model's";
     case ES_E_FULL: return "the sequence would outgrow the context";
     case ES_E_SESSIONS: return "sessions still use the model";
+    case ES_E_DEVICE_DRIVER: return "the GPU's driver library cannot be opened";
+    case ES_E_DEVICE_OLD: return "the GPU's driver is too old";
+    case ES_E_DEVICE_NONE: return "the driver offers no such device";
+    case ES_E_DEVICE_MEMORY: return "there is not enough memory on the device";
+    case ES_E_DEVICE_BUILD: return "the driver cannot build the kernels";
+    case ES_E_DEVICE_ARCH: return "the bundle was compiled for another kind of device";
+    case ES_E_DEVICE_LAUNCH: return "the driver refused a launch or a copy";
+    case ES_E_DEVICE_LOST: return "the device was lost: open the model again";
     default: return "unknown status";
     }
 }

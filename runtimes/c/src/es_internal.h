@@ -89,7 +89,7 @@ ES_ASSERT_SIZE(es_i_arg, 24);
 /* ---- Plan: checked pointers into the file ---- */
 
 typedef struct {
-    const es_i_io *tokens, *position, *logits; /* NULL where the graph has none */
+    const es_i_io *tokens, *position, *logits, *next; /* NULL where the graph has none */
 } es_i_roles;
 
 typedef struct {
@@ -105,6 +105,7 @@ typedef struct {
     const es_i_launch *launches;
     const es_i_arg *args;
     const uint8_t *weights;
+    const es_i_roles *roles; /* per graph; the model's */
     uint32_t n_tensors, n_slots, n_io, n_graphs, n_kernels, n_launches, n_args;
     uint32_t vocab, tokenizer;
     uint64_t arena_bytes; /* of the largest graph */
@@ -165,10 +166,17 @@ ES_LOCAL int es_i_pin_self(int32_t core);
 
 /* ---- Model and session ---- */
 
+/* es_device.h; the structs are each backend's own. */
+typedef struct es_i_backend es_i_backend;
+typedef struct es_i_device es_i_device;
+typedef struct es_i_stream es_i_stream;
+
 struct es_model {
     es_i_plan plan;
     es_i_roles *roles; /* per graph */
     const es_kernel_table *kernels;
+    const es_i_backend *backend; /* NULL: the CPU */
+    es_i_device *device;
     const void *map;
     size_t map_bytes; /* 0: the caller's memory */
     uint64_t limit;   /* longest sequence: the context, or what `position` can count */
@@ -183,20 +191,24 @@ struct es_model {
 struct es_session {
     es_model *model;
     uint64_t position;
-    uint8_t *state, *io, *arena;
-    void **args;         /* per ARGS record */
+    uint8_t *state, *io, *arena; /* a GPU's session: no state, io is a mirror, arena is the sampler's scratch */
+    void **args;         /* per ARGS record; none for a GPU */
+    es_i_stream *stream; /* NULL: the CPU */
+    es_status failed;    /* ES_OK, or what every call returns since the stream on the device was lost */
     const float *logits; /* within io, or NULL */
     void *heap;          /* what to free, or NULL: the caller's memory */
 };
 
 /* Bytes of one session, 0 when they cannot be counted (plan too large for this machine). */
-ES_LOCAL size_t es_i_session_bytes(const es_i_plan *plan);
+ES_LOCAL size_t es_i_session_bytes(const es_i_plan *plan, const es_i_backend *backend);
 /* Every state slot at its initial value. */
 ES_LOCAL void es_i_state_init(const es_i_plan *plan, uint8_t *state);
-/* Runs graph g on the inputs as they stand; the caller has checked that it fits. outputs = 0 skips what feeds outputs
- * alone. */
-/* ns: NULL, or room for the nanoseconds of every launch. */
-ES_LOCAL void es_i_graph_run(es_session *session, uint32_t g, int outputs, uint64_t *ns);
+/* One element of a slot's initial value in the low bytes. */
+ES_LOCAL uint64_t es_i_state_element(const es_i_slot *slot);
+/* `status`; a loss of the device is remembered, and so is every failure that leaves the stream halfway. */
+ES_LOCAL es_status es_i_session_failed(es_session *session, es_status status, int halfway);
+/* n greedy steps on the device, where its backend and the plan can: 1 and *status; else 0. */
+ES_LOCAL int es_i_greedy(es_session *session, size_t n, int32_t *tokens, uint64_t *ns, es_status *status);
 /* ES_E_FULL when n more steps would not fit. */
 ES_LOCAL es_status es_i_room_check(const es_session *session, uint64_t n);
 

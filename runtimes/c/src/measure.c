@@ -1,5 +1,5 @@
-/* Two facts about the machine, taken with the model's own threads: read bandwidth and the price of a launch. */
-#include "es_internal.h"
+/* Two facts about the machine, taken with the model's own threads or device: read bandwidth and the price of a launch. */
+#include "es_device.h"
 
 #include <string.h>
 
@@ -49,6 +49,10 @@ es_status es_measure_read(es_model *model, const void *data, size_t bytes, uint3
 {
     if (model == NULL || rate == NULL)
         return ES_E_NULL;
+    if (data == NULL && model->backend != NULL)
+        return repeats < 1 || model->plan.weight_bytes < 1
+                   ? ES_E_RANGE
+                   : model->backend->measure_read(model->device, repeats, rate, NULL);
     if (data == NULL) {
         data = model->plan.weights;
         bytes = (size_t)model->plan.weight_bytes;
@@ -84,6 +88,10 @@ es_status es_measure_launch(es_model *model, int32_t grid, uint32_t n, double *n
         return ES_E_NULL;
     if (grid < 1 || n < 1)
         return ES_E_RANGE;
+    if (model->backend != NULL)
+        return model->backend->measure_launch != NULL
+                   ? model->backend->measure_launch(model->device, (uint32_t)grid, n, ns, NULL)
+                   : ES_E_BACKEND;
     pthread_mutex_lock(&model->lock);
     uint64_t start = es_i_now();
     for (uint32_t i = 0; i < n; i++)

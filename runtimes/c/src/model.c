@@ -1,5 +1,5 @@
 /* Opening, describing and closing a model. */
-#include "es_internal.h"
+#include "es_device.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -53,19 +53,41 @@ static es_status es_i_model_read(es_model *model, const void *data, size_t bytes
     if (model->roles == NULL)
         return es_i_fail(why, ES_E_HEAP, "no memory for %u graphs", plan->n_graphs);
     status = es_i_roles_find(plan, model->roles, why);
+    if (status == ES_OK)
+        status = es_i_backend_find(plan, &model->backend, why);
     if (status != ES_OK)
         return status;
+    plan->roles = model->roles;
     plan->vocab = model->roles[0].logits != NULL ? (uint32_t)(model->roles[0].logits->bytes / sizeof(float)) : 0;
     model->limit = es_i_limit(model);
-    model->need = es_i_session_bytes(plan);
+    model->need = es_i_session_bytes(plan, model->backend);
     if (model->need == 0)
         return es_i_fail(why, ES_E_HEAP, "a session would need more memory than this machine can address");
     model->kernels = table != NULL ? table : &es_linked_kernels;
     return es_i_table_check(plan, &model->crc, model->kernels, why);
 }
 
-es_status es_model_open_memory(const void *data, size_t bytes, const es_options *options, es_model **model,
-                               es_error *why)
+/* The device, or the threads. On a GPU the caller is the only thread. */
+static es_status es_i_model_start(es_model *model, const char *path, es_options *options, es_error *why)
+{
+    if (pthread_mutex_init(&model->lock, NULL) != 0)
+        return es_i_fail(why, ES_E_THREAD, "a mutex cannot be made");
+    if (model->backend != NULL)
+        options->n_threads = 1;
+    es_status status = es_i_pool_start(&model->pool, options, why);
+    if (status == ES_OK && model->backend != NULL) {
+        status = model->backend->open(&model->plan, path, options, &model->device, why);
+        if (status != ES_OK)
+            es_i_pool_stop(&model->pool);
+    }
+    if (status != ES_OK)
+        pthread_mutex_destroy(&model->lock);
+    return status;
+}
+
+/* `path`: the file that the bundle was mapped from, or NULL. */
+static es_status es_i_model_open(const void *data, size_t bytes, const char *path, const es_options *options,
+                                 es_model **model, es_error *why)
 {
     es_options chosen;
     if (model == NULL)
@@ -83,10 +105,8 @@ es_status es_model_open_memory(const void *data, size_t bytes, const es_options 
         return es_i_fail(why, ES_E_HEAP, "no memory for a model");
     made->flags = chosen.flags;
     status = es_i_model_read(made, data, bytes, chosen.kernels, why);
-    if (status == ES_OK && pthread_mutex_init(&made->lock, NULL) != 0)
-        status = es_i_fail(why, ES_E_THREAD, "a mutex cannot be made");
-    else if (status == ES_OK && (status = es_i_pool_start(&made->pool, &chosen, why)) != ES_OK)
-        pthread_mutex_destroy(&made->lock);
+    if (status == ES_OK)
+        status = es_i_model_start(made, path, &chosen, why);
     if (status != ES_OK) {
         free(made->roles);
         free(made);
@@ -94,6 +114,12 @@ es_status es_model_open_memory(const void *data, size_t bytes, const es_options 
     }
     *model = made;
     return ES_OK;
+}
+
+es_status es_model_open_memory(const void *data, size_t bytes, const es_options *options, es_model **model,
+                               es_error *why)
+{
+    return es_i_model_open(data, bytes, NULL, options, model, why);
 }
 
 static es_status es_i_map(const char *path, const void **map, size_t *bytes, es_error *why)
@@ -131,7 +157,7 @@ es_status es_model_open(const char *path, const es_options *options, es_model **
     es_status status = es_i_map(path, &map, &bytes, why);
     if (status != ES_OK)
         return status;
-    status = es_model_open_memory(map, bytes, options, model, why);
+    status = es_i_model_open(map, bytes, path, options, model, why);
     if (status != ES_OK) {
         (void)munmap((void *)(uintptr_t)map, bytes);
         return status;
@@ -160,6 +186,8 @@ es_status es_model_close(es_model **model)
     es_model *m = *model;
     if (__atomic_load_n(&m->n_sessions, __ATOMIC_ACQUIRE) > 0)
         return ES_E_SESSIONS;
+    if (m->backend != NULL)
+        m->backend->close(m->device);
     es_i_pool_stop(&m->pool);
     pthread_mutex_destroy(&m->lock);
     if (m->map_bytes > 0)

@@ -4,6 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Limits of a GPU's launch; no device allows less for a grid, many allow no more (CUDA C++ Programming Guide, table of
+ * technical specifications per compute capability). */
+enum { ES_GROUP_MAX = 1024, ES_GRID_YZ_MAX = 65535, ES_BLOCK_Z_MAX = 64 };
+
 typedef struct {
     uint64_t offset, bytes;
     uint32_t graph;
@@ -161,7 +165,7 @@ static es_status es_i_io_check(const es_i_plan *plan, es_i_span *spans, es_error
         status = es_i_shape_check(io->dtype, io->rank, io->dims, io->bytes, name, why);
         if (status != ES_OK)
             return status;
-        if (io->role > ES_ROLE_LOGITS || io->direction > 1)
+        if (io->role > ES_ROLE_NEXT || io->direction > 1)
             return es_i_fail(why, ES_E_ENUM, "'%s' has role %u, direction %u", name, io->role, io->direction);
         if (io->graph >= plan->n_graphs)
             return es_i_fail(why, ES_E_IO, "'%s' belongs to graph %u of %u", name, io->graph, plan->n_graphs);
@@ -190,6 +194,13 @@ static es_status es_i_kernels_check(const es_i_plan *plan, es_error *why)
         if ((k->backend == 0) != (k->code_bytes == 0) || (k->code == 0) != (k->code_bytes == 0))
             return es_i_fail(why, ES_E_KERNEL, "kernel '%s' has %llu bytes of code of kind %u", name,
                              (unsigned long long)k->code_bytes, k->code);
+        const es_i_kernel *first = &plan->kernels[0];
+        if (k->backend != first->backend)
+            return es_i_fail(why, ES_E_KERNEL, "kernel '%s' is for backend %u, the first for %u: a plan has one", name,
+                             k->backend, first->backend);
+        if (k->backend != ES_BACKEND_CPU && (k->code != k->backend || k->code_offset != first->code_offset ||
+                                             k->code_bytes != first->code_bytes))
+            return es_i_fail(why, ES_E_KERNEL, "kernel '%s' has code of its own or of the wrong kind", name);
     }
     return ES_OK;
 }
@@ -247,6 +258,12 @@ static es_status es_i_launch_check(const es_i_plan *plan, const es_i_graph *grap
     }
     if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > INT32_MAX)
         return es_i_fail(why, ES_E_LAUNCH, "launch %u has a grid or block out of range", index);
+    if (kernel->backend != ES_BACKEND_CPU && threads > ES_GROUP_MAX)
+        return es_i_fail(why, ES_E_LAUNCH, "launch %u has groups of %llu, at most %d are possible", index,
+                         (unsigned long long)threads, ES_GROUP_MAX);
+    if (kernel->backend == ES_BACKEND_CUDA &&
+        (launch->grid[1] > ES_GRID_YZ_MAX || launch->grid[2] > ES_GRID_YZ_MAX || launch->block[2] > ES_BLOCK_Z_MAX))
+        return es_i_fail(why, ES_E_LAUNCH, "launch %u has a grid or block out of CUDA's range", index);
     if (kernel->backend == 0 && (launch->grid[1] != 1 || launch->grid[2] != 1 || threads != 1))
         return es_i_fail(why, ES_E_LAUNCH, "launch %u runs a CPU kernel over more than one dimension", index);
     if (launch->n_args != kernel->n_args)
@@ -319,13 +336,15 @@ static es_status es_i_role_take(const es_i_plan *plan, const es_i_io *io, es_i_r
     const char *name = plan->strings + io->name;
     const es_i_io **place = io->role == ES_ROLE_TOKENS     ? &roles->tokens
                             : io->role == ES_ROLE_POSITION ? &roles->position
-                                                           : &roles->logits;
+                            : io->role == ES_ROLE_LOGITS   ? &roles->logits
+                                                           : &roles->next;
     if (*place != NULL)
         return es_i_fail(why, ES_E_ROLE, "'%s' plays a role that is taken in graph %u", name, io->graph);
     *place = io;
     uint64_t n = io->bytes / es_i_dtype_bytes(io->dtype);
     int integer = io->dtype == ES_INT64 || io->dtype == ES_INT32;
     int good = io->role == ES_ROLE_LOGITS ? io->direction == 1 && io->dtype == ES_FLOAT32 && n <= INT32_MAX
+               : io->role == ES_ROLE_NEXT ? io->direction == 1 && integer && n == 1
                                           : io->direction == 0 && integer;
     if (io->role == ES_ROLE_TOKENS)
         good = good && n == plan->graphs[io->graph].tokens;
@@ -349,6 +368,9 @@ es_status es_i_roles_find(const es_i_plan *plan, es_i_roles *roles, es_error *wh
         if ((r->tokens == NULL) != (roles[0].tokens == NULL) || (r->logits == NULL) != (roles[0].logits == NULL) ||
             (r->logits != NULL && r->logits->bytes != roles[0].logits->bytes))
             return es_i_fail(why, ES_E_ROLE, "graph %u takes or gives other things than the step graph", g);
+        if ((r->next == NULL) != (roles[0].next == NULL) ||
+            (r->next != NULL && (r->tokens == NULL || r->next->dtype != r->tokens->dtype)))
+            return es_i_fail(why, ES_E_ROLE, "the next token of graph %u does not match its tokens", g);
         if (r->tokens != NULL && r->logits == NULL)
             return es_i_fail(why, ES_E_ROLE, "graph %u takes tokens but gives no logits", g);
     }

@@ -82,6 +82,11 @@ static es_status es_i_sampler_check(const es_sampler *s)
     return good ? ES_OK : ES_E_SAMPLER;
 }
 
+static int es_i_penalised(const es_sampler *s)
+{
+    return s->repetition_penalty < 1.0f || s->repetition_penalty > 1.0f;
+}
+
 /* Each recent token once, however often it is there: the penalty is taken from the untouched logit. */
 static es_status es_i_penalise(float *to, const float *logits, size_t n, float penalty, const int32_t *recent,
                                size_t n_recent)
@@ -129,7 +134,7 @@ es_status es_sample_logits(es_sampler *sampler, const float *logits, size_t n, c
     es_status status = es_i_sampler_check(s);
     if (status != ES_OK)
         return status;
-    int penalised = s->repetition_penalty < 1.0f || s->repetition_penalty > 1.0f;
+    int penalised = es_i_penalised(s);
     if (s->temperature > 0.0f || penalised) {
         if (scratch == NULL)
             return ES_E_NULL;
@@ -161,6 +166,8 @@ es_status es_sample(es_session *session, es_sampler *sampler, const int32_t *rec
 {
     if (session == NULL || token == NULL)
         return ES_E_NULL;
+    if (session->failed != ES_OK)
+        return session->failed;
     if (session->logits == NULL)
         return ES_E_NO_LOGITS;
     return es_sample_logits(sampler, session->logits, session->model->plan.vocab, recent, n_recent,
@@ -173,7 +180,12 @@ es_status es_generate(es_session *session, es_sampler *sampler, size_t n, size_t
         return ES_E_NULL;
     if (session->model->roles[0].tokens == NULL)
         return ES_E_NO_TOKENS;
-    es_status status = es_i_room_check(session, n);
+    es_status status = session->failed != ES_OK ? session->failed : es_i_room_check(session, n);
+    if (status == ES_OK && sampler != NULL)
+        status = es_i_sampler_check(sampler);
+    int greedy = sampler == NULL || (status == ES_OK && !(sampler->temperature > 0.0f) && !es_i_penalised(sampler));
+    if (status == ES_OK && greedy && es_i_greedy(session, n, tokens, ns, &status))
+        return status;
     for (size_t i = 0; i < n && status == ES_OK; i++) {
         size_t recent = i < window ? i : window;
         uint64_t start = ns != NULL ? es_i_now() : 0;

@@ -1,6 +1,7 @@
 /* One stream: its memory, its inputs and outputs. Layout of the memory, each part at a multiple of a cache line:
- * es_session, argument pointers, state, io, arena (which the sampler uses between steps). */
-#include "es_internal.h"
+ * es_session, argument pointers, state, io, arena (which the sampler uses between steps). On a GPU pointers, state and
+ * arena lie on the device, and here are the mirror of io and the sampler's scratch. */
+#include "es_device.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -14,18 +15,31 @@ static int es_i_add(uint64_t *total, uint64_t bytes)
     return 1;
 }
 
-static uint64_t es_i_arena_bytes(const es_i_plan *plan)
+/* Bytes of the parts in the host's memory. */
+typedef struct {
+    uint64_t args, state, io, arena;
+} es_i_parts;
+
+static es_i_parts es_i_parts_of(const es_i_plan *plan, const es_i_backend *backend)
 {
-    uint64_t scratch = (uint64_t)plan->vocab * sizeof(float);
-    return plan->arena_bytes > scratch ? plan->arena_bytes : scratch;
+    es_i_parts p = {0, 0, plan->header->io_bytes, (uint64_t)plan->vocab * sizeof(float)};
+    if (backend != NULL)
+        return p;
+    p.args = (uint64_t)plan->n_args * sizeof(void *);
+    p.state = plan->header->state_bytes;
+    p.arena = plan->arena_bytes > p.arena ? plan->arena_bytes : p.arena;
+    return p;
 }
 
-size_t es_i_session_bytes(const es_i_plan *plan)
+size_t es_i_session_bytes(const es_i_plan *plan, const es_i_backend *backend)
 {
-    uint64_t total = ES_LINE - 1; /* the caller's memory may start anywhere */
-    if (!es_i_add(&total, sizeof(es_session)) || !es_i_add(&total, (uint64_t)plan->n_args * sizeof(void *)) ||
-        !es_i_add(&total, plan->header->state_bytes) || !es_i_add(&total, plan->header->io_bytes) ||
-        !es_i_add(&total, es_i_arena_bytes(plan)) || total > SIZE_MAX / 2)
+    es_i_parts p = es_i_parts_of(plan, backend);
+    uint64_t total = ES_LINE - 1, device = 0; /* the caller's memory may start anywhere */
+    if (!es_i_add(&total, sizeof(es_session)) || !es_i_add(&total, p.args) || !es_i_add(&total, p.state) ||
+        !es_i_add(&total, p.io) || !es_i_add(&total, p.arena) || total > SIZE_MAX / 2)
+        return 0;
+    if (!es_i_add(&device, plan->header->state_bytes) || !es_i_add(&device, plan->header->io_bytes) ||
+        !es_i_add(&device, plan->arena_bytes) || device > SIZE_MAX / 2)
         return 0;
     return (size_t)total;
 }
@@ -76,15 +90,24 @@ es_status es_session_create(es_model *model, void *memory, size_t bytes, es_sess
     memset(made, 0, sizeof *made);
     made->model = model;
     made->heap = heap;
-    made->args = (void **)(void *)es_i_take(&next, (uint64_t)plan->n_args * sizeof(void *));
-    made->state = es_i_take(&next, plan->header->state_bytes);
-    made->io = es_i_take(&next, plan->header->io_bytes);
-    made->arena = es_i_take(&next, es_i_arena_bytes(plan));
-    es_i_args_resolve(made);
-    memset(made->state, 0, (size_t)plan->header->state_bytes);
-    memset(made->io, 0, (size_t)plan->header->io_bytes);
-    memset(made->arena, 0, (size_t)es_i_arena_bytes(plan));
-    es_i_state_init(plan, made->state);
+    es_i_parts p = es_i_parts_of(plan, model->backend);
+    made->args = (void **)(void *)es_i_take(&next, p.args);
+    made->state = es_i_take(&next, p.state);
+    made->io = es_i_take(&next, p.io);
+    made->arena = es_i_take(&next, p.arena);
+    memset(made->state, 0, (size_t)p.state);
+    memset(made->io, 0, (size_t)p.io);
+    memset(made->arena, 0, (size_t)p.arena);
+    if (model->backend == NULL) {
+        es_i_args_resolve(made);
+        es_i_state_init(plan, made->state);
+    } else {
+        es_status status = model->backend->stream_open(model->device, &made->stream, why);
+        if (status != ES_OK) {
+            free(heap);
+            return status;
+        }
+    }
     __atomic_add_fetch(&model->n_sessions, 1, __ATOMIC_RELAXED);
     *session = made;
     return ES_OK;
@@ -96,9 +119,20 @@ es_status es_session_close(es_session **session)
         return ES_OK;
     es_session *s = *session;
     *session = NULL;
+    if (s->stream != NULL)
+        s->model->backend->stream_close(s->stream);
     __atomic_sub_fetch(&s->model->n_sessions, 1, __ATOMIC_RELEASE);
     free(s->heap);
     return ES_OK;
+}
+
+es_status es_i_session_failed(es_session *session, es_status status, int halfway)
+{
+    if (status == ES_E_DEVICE_LOST || (status != ES_OK && halfway)) {
+        session->failed = status;
+        session->logits = NULL;
+    }
+    return status;
 }
 
 es_status es_session_copy(es_session *to, const es_session *from)
@@ -110,7 +144,15 @@ es_status es_session_copy(es_session *to, const es_session *from)
     if (to == from)
         return ES_OK;
     const es_i_header *header = from->model->plan.header;
-    memcpy(to->state, from->state, (size_t)header->state_bytes);
+    if (to->stream != NULL) {
+        es_status status = to->failed != ES_OK ? to->failed : from->failed;
+        if (status == ES_OK)
+            status = es_i_session_failed(to, to->model->backend->copy(to->stream, from->stream, NULL), 0);
+        if (status != ES_OK)
+            return status;
+    } else {
+        memcpy(to->state, from->state, (size_t)header->state_bytes);
+    }
     memcpy(to->io, from->io, (size_t)header->io_bytes);
     to->position = from->position;
     to->logits = NULL;
@@ -124,14 +166,28 @@ es_status es_session_fork(const es_session *session, void *memory, size_t bytes,
     if (session == NULL)
         return es_i_fail(why, ES_E_NULL, "no session to fork");
     es_status status = es_session_create(session->model, memory, bytes, fork, why);
-    return status == ES_OK ? es_session_copy(*fork, session) : status;
+    if (status != ES_OK)
+        return status;
+    status = es_session_copy(*fork, session);
+    if (status == ES_OK)
+        return ES_OK;
+    (void)es_session_close(fork);
+    return es_i_fail(why, status, "%s", es_status_text(status));
 }
 
 es_status es_reset(es_session *session)
 {
     if (session == NULL)
         return ES_E_NULL;
-    es_i_state_init(&session->model->plan, session->state);
+    if (session->failed != ES_OK)
+        return session->failed;
+    if (session->stream != NULL) {
+        es_status status = session->model->backend->reset(session->stream, NULL);
+        if (status != ES_OK)
+            return es_i_session_failed(session, status, 0);
+    } else {
+        es_i_state_init(&session->model->plan, session->state);
+    }
     session->position = 0;
     session->logits = NULL;
     return ES_OK;

@@ -1,6 +1,6 @@
 /* The state of a stream: its fresh value, and its saved form.
  * Saved: magic[8], u32 version, u32 crc (of all that follows), model_id[16], u64 position, u64 bytes, the slots. */
-#include "es_internal.h"
+#include "es_device.h"
 
 #include <string.h>
 
@@ -50,6 +50,11 @@ static uint64_t es_i_element(uint32_t dtype, float value)
     case ES_BFLOAT16: return es_i_bfloat(value);
     default: return (uint64_t)(int64_t)value;
     }
+}
+
+uint64_t es_i_state_element(const es_i_slot *slot)
+{
+    return es_i_element(slot->dtype, slot->init);
 }
 
 static void es_i_fill(uint8_t *start, uint64_t bytes, uint32_t dtype, float value)
@@ -108,6 +113,26 @@ es_status es_state_bytes(const es_session *session, size_t *bytes)
     return ES_OK;
 }
 
+/* A span of the state from or to wherever it lives. */
+static es_status es_i_state_read(const es_session *session, uint64_t offset, uint8_t *to, uint64_t bytes)
+{
+    if (session->stream != NULL && bytes > 0)
+        return session->model->backend->read(session->stream, ES_SPACE_STATE, offset, to, bytes, NULL);
+    if (bytes > 0)
+        memcpy(to, session->state + offset, (size_t)bytes);
+    return ES_OK;
+}
+
+static es_status es_i_state_write(es_session *session, uint64_t offset, const uint8_t *from, uint64_t bytes,
+                                  es_error *why)
+{
+    if (session->stream != NULL && bytes > 0)
+        return session->model->backend->write(session->stream, ES_SPACE_STATE, offset, from, bytes, why);
+    if (bytes > 0)
+        memcpy(session->state + offset, from, (size_t)bytes);
+    return ES_OK;
+}
+
 es_status es_state_save(const es_session *session, void *buffer, size_t capacity, size_t *written)
 {
     size_t bytes = 0;
@@ -116,6 +141,8 @@ es_status es_state_save(const es_session *session, void *buffer, size_t capacity
         return status;
     if (capacity < bytes)
         return ES_E_ROOM;
+    if (session->failed != ES_OK)
+        return session->failed;
     const es_model *model = session->model;
     const uint32_t version = 1;
     const uint64_t payload = bytes - ES_STATE_HEADER;
@@ -129,7 +156,8 @@ es_status es_state_save(const es_session *session, void *buffer, size_t capacity
         const es_i_slot *slot = &model->plan.slots[i];
         es_i_rows r = es_i_rows_of(slot, session->position);
         for (uint64_t o = 0; o < r.outer; o++, next += r.kept * r.row)
-            memcpy(next, session->state + slot->offset + o * r.rows * r.row, (size_t)(r.kept * r.row));
+            if ((status = es_i_state_read(session, slot->offset + o * r.rows * r.row, next, r.kept * r.row)) != ES_OK)
+                return status;
     }
     uint32_t crc = es_i_crc32(&model->crc, 0, out + ES_STATE_ID_AT, bytes - ES_STATE_ID_AT);
     memcpy(out + ES_STATE_CRC_AT, &crc, sizeof crc);
@@ -185,13 +213,20 @@ es_status es_state_load(es_session *session, const void *buffer, size_t bytes, e
     es_status status = es_i_state_check(session->model, next, bytes, &position, why);
     if (status != ES_OK)
         return status;
+    if (session->failed != ES_OK)
+        return es_i_fail(why, session->failed, "%s", es_status_text(session->failed));
     next += ES_STATE_HEADER;
-    es_i_state_init(plan, session->state);
+    if (session->stream == NULL)
+        es_i_state_init(plan, session->state);
+    else if ((status = session->model->backend->reset(session->stream, why)) != ES_OK)
+        return es_i_session_failed(session, status, 0);
     for (uint32_t i = 0; i < plan->n_slots; i++) {
         const es_i_slot *slot = &plan->slots[i];
         es_i_rows r = es_i_rows_of(slot, position);
         for (uint64_t o = 0; o < r.outer; o++, next += r.kept * r.row)
-            memcpy(session->state + slot->offset + o * r.rows * r.row, next, (size_t)(r.kept * r.row));
+            if ((status = es_i_state_write(session, slot->offset + o * r.rows * r.row, next, r.kept * r.row, why)) !=
+                ES_OK)
+                return es_i_session_failed(session, status, 1);
     }
     session->position = position;
     session->logits = NULL;
