@@ -53,12 +53,9 @@ def _key(value: Expr, p: TopK, lanes: int) -> Expr:
     """An integer that orders as `value` does."""
     if p.dtype != "float32":
         return value
-    kind = "int32" if lanes == 1 else f"int32x{lanes}"
-    bits = T.reinterpret(kind, value)
-    bits = tirx.Select(bits == _all(-(2**31), "int32", lanes), _all(0, "int32", lanes), bits)
-    return T.bitwise_xor(
-        bits, T.bitwise_and(T.shift_right(bits, _all(31, "int32", lanes)), _all(2**31 - 1, "int32", lanes))
-    )
+    bits = T.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", value)
+    sign = T.shift_right(bits, _all(31, "int32", lanes))  # -1 or 0; both zeros become 0
+    return T.bitwise_xor(bits, T.bitwise_and(sign, _all(2**31 - 1, "int32", lanes))) - sign
 
 
 def _all(value: Expr, dtype: str, lanes: int) -> Expr:

@@ -30,13 +30,8 @@ def _match(low: Lowering, node: Node) -> Claim | None:
             math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]), k, value.cols, value.ld,
             bool(node.attrs.get("largest", 1)), dtype,
         )  # fmt: skip
-        found = (*shape[:axis], k, *shape[axis + 1 :])
-        names = (*node.outputs, "")[:2]  # either may be left out
-        outputs = [
-            low.result(name) if name else low.scratch(f"{node.outputs[0]}.unread", kind, found)
-            for name, kind in zip(names, (dtype, "int64"), strict=True)
-        ]
-        low.call(KernelRef("top_k", params), Arg(value, "r"), *(Arg(o, "w") for o in outputs))
+        outputs = [Arg(low.result(name), "w") for name in node.outputs]
+        low.call(KernelRef("top_k", params), Arg(value, "r"), *outputs)
 
     return Claim((node,), (x,), emit)
 
