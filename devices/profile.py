@@ -15,9 +15,34 @@ from typing import Any
 
 from edgeseq.errors import DeviceError, UsageError
 
+BACKENDS = ("opencl", "cuda")
 FOLDER = Path(__file__).parent / "profiles"
 AUTO = "auto"
 MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a device's GPU is.
+
+    backend:     "opencl" or "cuda".
+    name:        as the vendor calls it.
+    sm:          CUDA: compute capabilities to make code for (87 = 8.7); empty asks the local driver.
+    threads:     most work-items of a work-group.
+    local_bytes: shared (local) memory of a work-group.
+    subgroup:    threads that run in lockstep; 0 is unknown, and nothing relies on it.
+    half:        arithmetic on 16-bit floats.
+    memory_gb:   memory that the GPU can hold data in, 1e9 bytes; 0 is unknown.
+    """
+
+    backend: str
+    name: str = ""
+    sm: tuple[int, ...] = ()
+    threads: int = 256
+    local_bytes: int = 16384
+    subgroup: int = 0
+    half: bool = False
+    memory_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,7 @@ class Profile:
     bandwidth_source:   where that number comes from.
     transport:          how to reach it: a file of `transports/`.
     transport_options:  what that transport wants to know.
+    gpu:                kernels are made for this GPU instead of the CPU.
     """
 
     name: str
@@ -47,6 +73,7 @@ class Profile:
     bandwidth_source: str = ""
     transport: str = "local"
     transport_options: tuple[tuple[str, str], ...] = ()
+    gpu: Gpu | None = None
 
     @property
     def arch(self) -> str:
@@ -103,6 +130,7 @@ class _Parser:
 
     def profile(self) -> Profile:
         transport = self._take("transport", dict, {"kind": "local"})
+        gpu = self._gpu(self._take("gpu", dict, {}))
         kind = transport.pop("kind", None)
         if not isinstance(kind, str) or any(not isinstance(value, str) for value in transport.values()):
             raise DeviceError(f"{self.path}: [transport] needs a 'kind', and all its values are strings")
@@ -118,6 +146,7 @@ class _Parser:
             bandwidth_source=self._take("bandwidth_source", str, ""),
             transport=kind,
             transport_options=tuple(sorted(transport.items())),
+            gpu=gpu,
         )
         if self.table:
             raise DeviceError(
@@ -126,6 +155,36 @@ class _Parser:
         if profile.peak_bandwidth_gbs and not profile.bandwidth_source:
             raise DeviceError(f"{self.path} states a bandwidth without saying where it comes from (bandwidth_source)")
         return profile
+
+    def _gpu(self, table: dict[str, Any]) -> Gpu | None:
+        """The table [gpu], if there is one."""
+        if not table:
+            return None
+        sub = _Parser(self.path, table)
+        backend = sub._take("backend", str)
+        if backend not in BACKENDS:
+            raise DeviceError(f"{self.path}: [gpu] backend is {backend!r}", f"known: {', '.join(BACKENDS)}")
+        gpu = Gpu(
+            backend=backend,
+            name=sub._take("name", str, ""),
+            sm=tuple(sub._items("sm", int)),
+            threads=sub._at_least("threads", int, 32) if "threads" in table else 256,
+            local_bytes=sub._at_least("local_bytes", int, 8192) if "local_bytes" in table else 16384,
+            subgroup=sub._at_least("subgroup", int, 0),
+            half=sub._flag("half"),
+            memory_gb=float(sub._at_least("memory_gb", (int, float), 0)),
+        )
+        if table:
+            raise DeviceError(
+                f"{self.path}: [gpu] has the unknown key {min(table)!r}", "docs/adding-a-device.md lists the keys"
+            )
+        return gpu
+
+    def _flag(self, key: str) -> bool:
+        value = self.table.pop(key, False)
+        if not isinstance(value, bool):
+            raise DeviceError(f"{self.path}: {key} is {value!r}, expected true or false")
+        return value
 
     def _take(self, key: str, kind: Any, default: Any = None) -> Any:
         value = self.table.pop(key, default)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
+
+from edgeseq.bundle.plan import PlanKernel
 
 from . import generic, lower
 from .ir import GenericRef, KernelRef
@@ -17,12 +21,15 @@ class KernelSet:
     """Every distinct kernel of a model: its C name, its grid, how many pointers it takes."""
 
     def __init__(self, target: Target) -> None:
-        self.target = TvmTarget(target.llvm)
+        self.target = TvmTarget(self._tvm(target))
         self.features = target.features
         self.names: dict[KernelRef | GenericRef, str] = {}
         self.grids: dict[str, int] = {}
         self.pointers: dict[str, int] = {}
-        self.funcs: dict[str, object] = {}
+        self.funcs: dict[str, Any] = {}
+
+    def _tvm(self, target: Target) -> Any:
+        return target.llvm
 
     def add(self, ref: KernelRef | GenericRef, n_args: int) -> str:
         """The C name of `ref`, building it the first time."""
@@ -30,14 +37,29 @@ class KernelSet:
             name = self._name(ref)
             self.names[ref] = name
             self.pointers[name] = n_args
-            if isinstance(ref, GenericRef):
-                self.funcs[name] = lower.finish(generic.to_c_function(ref.func, name, lower.passes(self.target)))
-                self.grids[name] = ref.grid
-            else:
-                built = importlib.import_module(f"{__package__}.kernels.{ref.op}").build(name, ref.params)
-                self.funcs[name] = lower.lower(built.func, self.target)
-                self.grids[name] = built.grid
+            self._build(name, ref)
         return self.names[ref]
+
+    def _build(self, name: str, ref: KernelRef | GenericRef) -> None:
+        if isinstance(ref, GenericRef):
+            self.funcs[name] = lower.finish(generic.to_c_function(ref.func, name, lower.passes(self.target)))
+            self.grids[name] = ref.grid
+        else:
+            built = importlib.import_module(f"{__package__}.kernels.{ref.op}").build(name, ref.params)
+            self.funcs[name] = lower.lower(built.func, self.target)
+            self.grids[name] = built.grid
+
+    def threads(self, name: str) -> int:
+        """Threads of a block."""
+        return 1
+
+    def plan_kernels(self) -> tuple[PlanKernel, ...]:
+        return tuple(PlanKernel(name, n) for name, n in self.pointers.items())
+
+    def dump(self, folder: Path) -> None:
+        """The generated code, for people."""
+        with tempfile.TemporaryDirectory() as work:
+            self.write_object(Path(work) / "kernels.o", folder / "kernels.s")
 
     def _name(self, ref: KernelRef | GenericRef) -> str:
         if isinstance(ref, GenericRef):

@@ -48,6 +48,7 @@ class FusedCall:
     grid: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class FusedGroup:
     aliases: dict[str, str]
 
 
-def fuse(graph: Graph, nodes: list[Node], outputs: list[str]) -> FusedGroup:
-    """Compile `nodes` (a convex part of `graph`) to fused functions producing `outputs`."""
+def fuse(graph: Graph, nodes: list[Node], outputs: list[str], gpu: bool = False) -> FusedGroup:
+    """Compile `nodes` (a convex part of `graph`) to fused functions producing `outputs`; gpu: scheduled for threads."""
     module, inputs = _import(graph, nodes, outputs)
     main = module["main"]
     names: dict[Any, str] = dict(zip(main.params, inputs, strict=True))
-    walker = _Walker(module, names, outputs)
+    walker = _Walker(module, names, outputs, gpu)
     try:
         for block in main.body.blocks:
             for binding in block.bindings:
@@ -163,8 +164,8 @@ def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
 class _Walker:
     """Turns the bindings of a legalised Relax function into calls and names."""
 
-    def __init__(self, module: IRModule, names: dict[Any, str], outputs: list[str]) -> None:
-        self.module, self.names, self.outputs = module, names, outputs
+    def __init__(self, module: IRModule, names: dict[Any, str], outputs: list[str], gpu: bool = False) -> None:
+        self.module, self.names, self.outputs, self.gpu = module, names, outputs, gpu
         self.calls: list[FusedCall] = []
         self.intermediates: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.constants: dict[str, np.ndarray] = {}
@@ -196,14 +197,32 @@ class _Walker:
             self.names[var] = outputs[0]
         else:
             self.tuples[var] = outputs
+        label = str(call.args[0].name_hint).removeprefix("fused_")
+        if self.gpu:
+            self._parts(label, inline(func), inputs, outputs)
+            return
         scheduled, grid = schedule(func)
         scheduled, scratch = hoist(scheduled)
-        for kind in scratch:
-            name = f"#{len(self.intermediates)}"
-            self.intermediates[name] = kind
-            outputs.append(name)
-        label = str(call.args[0].name_hint).removeprefix("fused_")
+        outputs += self._scratch(scratch)
         self.calls.append(FusedCall(label, scheduled, grid, inputs, tuple(outputs)))
+
+    def _parts(self, label: str, func: PrimFunc, inputs: tuple[str, ...], outputs: list[str]) -> None:
+        """One call for each computation of `func`; what stands between them becomes memory of its own."""
+        from .gpu import generic as gpu
+
+        func, scratch = hoist(func, 0)
+        names = [*inputs, *outputs, *self._scratch(scratch)]
+        for part in gpu.split(func):
+            reads = tuple(names[i] for i in part.reads)
+            writes = tuple(names[i] for i in part.writes)
+            self.calls.append(FusedCall(label, part.func, part.grid, reads, writes, part.threads))
+
+    def _scratch(self, kinds: list[tuple[str, tuple[int, ...]]]) -> list[str]:
+        made = []
+        for kind in kinds:
+            made.append(f"#{len(self.intermediates)}")
+            self.intermediates[made[-1]] = kind
+        return made
 
     def name(self, expr: Any) -> str:
         if expr in self.names:
@@ -224,16 +243,11 @@ class _Walker:
 
 def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
     """Inline what can be, split a lone elementwise block into a grid of vectorised blocks; else one serial block."""
+    func = inline(func)
     if func.body.block.name_hint != "root":
-        return func, 1  # written by hand inside TVM (scatters): loops without blocks
+        return func, 1
     sch = s_tir.Schedule(func)
-    root = sch.get_sblock("root")
-    for block in sch.get_child_blocks(root):
-        try:
-            sch.compute_inline(block)
-        except Exception:  # not inlinable: a reduction, or an output
-            continue
-    blocks = sch.get_child_blocks(root)
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
     if len(blocks) != 1 or not _spatial(sch, blocks[0]):
         return sch.mod["main"], 1
     fused = sch.fuse(*sch.get_loops(blocks[0])) if sch.get_loops(blocks[0]) else None
@@ -251,13 +265,26 @@ def schedule(func: PrimFunc) -> tuple[PrimFunc, int]:
     return sch.mod["main"], grid
 
 
-def hoist(func: PrimFunc) -> tuple[PrimFunc, list[tuple[str, tuple[int, ...]]]]:
+def inline(func: PrimFunc) -> PrimFunc:
+    """`func` with every computation moved into its readers where that is possible."""
+    if func.body.block.name_hint != "root":
+        return func  # written by hand inside TVM (scatters): loops without blocks
+    sch = s_tir.Schedule(func)
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        try:
+            sch.compute_inline(block)
+        except Exception:  # not inlinable: a reduction, or an output
+            continue
+    return sch.mod["main"]
+
+
+def hoist(func: PrimFunc, limit: int = STACK_BYTES) -> tuple[PrimFunc, list[tuple[str, tuple[int, ...]]]]:
     """Turn buffers that would not fit a thread's stack into parameters behind the others; returns their types."""
     block = func.body.block
     types = [(str(b.dtype), tuple(int(d) for d in b.shape)) for b in block.alloc_buffers]
     sizes = list(accumulate(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in types))
-    small = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total <= STACK_BYTES]
-    big = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total > STACK_BYTES]
+    small = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total <= limit]
+    big = [b for b, total in zip(block.alloc_buffers, sizes, strict=True) if total > limit]
     if not big:
         return func, []
     inner = s_tir.SBlock(
@@ -273,36 +300,31 @@ def _spatial(sch: Any, block: Any) -> bool:
     return all(int(v.iter_type) == 0 for v in sch.get(block).iter_vars)
 
 
-def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]) -> PrimFunc:
-    """Lower a scheduled PrimFunc of buffers to `void name(pointers…, int32 block)`; intrinsics stay."""
+def raw_pointers(
+    func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]
+) -> tuple[PrimFunc, list[Any], Any]:
+    """Lower a scheduled PrimFunc of buffers; returns it, pointers in the place of its parameters, and the body of them."""
     offsets = [p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tvm.ir.Var)]
     func = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     (func,) = lower_passes(IRModule({name: func})).functions.values()
-    block = tirx.Var("block", "int32")
     pointers: dict[Any, Any] = {}
     for p in func.params:
         pointers[p] = tirx.Var(p.name, tvm.ir.PointerType(tvm.ir.PrimType(str(p.ty.dtype)), "global"))
-    blocks: list[Any] = []
 
     def data(call: Any) -> Any:
         if getattr(call.op, "name", "") == "tirx.buffer_data" and call.args[0] in pointers:
             return pointers[call.args[0]]
         return call
 
-    def thread(attr: Any) -> Any:
-        if attr.attr_key.startswith("pragma_"):
-            return attr.body
-        if attr.attr_key != "thread_extent":
-            return attr
-        blocks.append(attr.node.var)
-        return attr.body
+    def pragma(attr: Any) -> Any:
+        return attr.body if attr.attr_key.startswith("pragma_") else attr
 
     def serial(loop: Any) -> Any:
         if loop.kind != tirx.ForKind.PARALLEL:
             return loop
         return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
-    body = structural_map(func.body, [(TvmCall, data), (tirx.AttrStmt, thread), (tirx.For, serial)])
+    body = structural_map(func.body, [(TvmCall, data), (tirx.AttrStmt, pragma), (tirx.For, serial)])
     if offsets:  # of buffers that hand-written functions take wherever they begin
         zero = {str(v.ty.dtype): tirx.const(0, str(v.ty.dtype)) for v in offsets}
 
@@ -310,10 +332,26 @@ def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], 
             return zero[str(v.ty.dtype)] if any(v.same_as(o) for o in offsets) else v
 
         body = structural_map(body, [(tvm.ir.Var, settled)])
+    return func, list(pointers.values()), body
+
+
+def to_c_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]) -> PrimFunc:
+    """Lower a scheduled PrimFunc of buffers to `void name(pointers…, int32 block)`; intrinsics stay."""
+    func, pointers, body = raw_pointers(func, name, lower_passes)
+    block = tirx.Var("block", "int32")
+    blocks: list[Any] = []
+
+    def thread(attr: Any) -> Any:
+        if attr.attr_key != "thread_extent":
+            return attr
+        blocks.append(attr.node.var)
+        return attr.body
+
+    body = structural_map(body, [(tirx.AttrStmt, thread)])
     if blocks:
         old, new = blocks[0], tirx.Cast(str(blocks[0].ty.dtype), block) if str(blocks[0].ty.dtype) != "int32" else block
         body = structural_map(body, [(tvm.ir.Var, lambda v: new if v.same_as(old) else v)])
-    made = tirx.PrimFunc([*pointers.values(), block], body)
+    made = tirx.PrimFunc([*pointers, block], body)
     for key, value in (("global_symbol", name), ("tirx.noalias", True), ("target", func.attrs["target"])):
         made = made.with_attr(key, value)
     return made

@@ -93,9 +93,11 @@ class KernelRef:
 
 @dataclass(frozen=True)
 class GenericRef:
-    """A kernel TVM derived: `key` its structure, `label` a readable name, `func` the PrimFunc, `grid` its blocks."""
+    """A kernel TVM derived: `key` its structure, `label` a readable name, `func` the PrimFunc, `grid` its blocks, of
+    `threads` threads each on a GPU."""
 
     key: str
     label: str = field(compare=False)
     func: Any = field(compare=False, repr=False)
     grid: int = field(compare=False)
+    threads: int = field(compare=False, default=1)

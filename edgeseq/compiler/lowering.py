@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from hashlib import sha256
 
@@ -21,6 +21,8 @@ from .rules import Claim, rules_by_op
 from .targets import Target
 from .tvm_api import structural_hash
 from .views import VIEW_OPS, view_of
+
+QUANTISED_PRODUCTS = ("com.microsoft.MatMulNBits", "ai.edgeseq.ExpertLinearNBits")
 
 
 class Memory:
@@ -86,6 +88,7 @@ class Lowering:
         self._values: dict[str, Value] = {}
         self._kept: dict[str, None] = {}
         self._quantized: dict[tuple[str, int], tuple[Value, Value, Value]] = {}
+        self._made: dict[Hashable, tuple[Value, ...]] = {}
         self._ports = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
         check_signature(graph, signature)
         for name in graph.inputs:
@@ -120,6 +123,12 @@ class Lowering:
         source = self.graph.weights[name]
         return Value(name, source.dtype, source.shape, self.memory.weight(layout, source))
 
+    def columns(self, name: str) -> Value:
+        """A weight [..., C] packed columns16, the axes before the last taken as one."""
+        source = self.graph.weights[name]
+        flat = replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
+        return Value(name, source.dtype, source.shape, self.memory.weight("columns16", flat))
+
     def weight_q(self, codes: str, scales: str, shape: tuple[int, int], bits: int, signed: bool) -> Value:
         """Block-quantised codes [M, K/32, 4*bits] and their scales [M, K/32] as one packed weight of M x K."""
         blocks = -(-shape[1] // 32)
@@ -128,6 +137,28 @@ class Lowering:
         s = replace(s, shape=(shape[0], blocks))
         storage = self.memory.weight("s8x16" if signed and bits == 8 else f"q{bits}x16", c, s)
         return Value(codes, "uint8", (storage.nbytes,), storage)
+
+    def expert_weight(self, name: str, experts: int) -> Value:
+        """The matrices of experts that lie one below the other, packed expert after expert."""
+        source = self.graph.weights[name]
+        rows, k = source.shape
+        apart = replace(source, shape=(experts, rows // experts, k))
+        return Value(name, source.dtype, source.shape, self.memory.weight("experts.rows16", apart))
+
+    def expert_weight_q(self, codes: str, scales: str, experts: int, bits: int, signed: bool) -> Value:
+        """The same of block-quantised codes [E*M, K/32, 4*bits] and scales [E*M, K/32]."""
+        c, s = self.graph.weights[codes], self.graph.weights[scales]
+        rows, blocks, _ = c.shape
+        c = replace(c, shape=(experts, rows // experts, blocks, 4 * bits))
+        s = replace(s, shape=(experts, rows // experts, blocks))
+        storage = self.memory.weight("experts.s8x16" if signed and bits == 8 else f"experts.q{bits}x16", c, s)
+        return Value(codes, "uint8", (storage.nbytes,), storage)
+
+    def once(self, key: Hashable, make: Callable[[], tuple[Value, ...]]) -> tuple[Value, ...]:
+        """What `make` gives, which emits its calls the first time this graph asks for `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def quantized(self, name: str, zero: int) -> tuple[Value, Value, Value]:
         """`name` as int8 blocks, their scales and offsets; computed once for all products that read it.
@@ -151,7 +182,7 @@ class Lowering:
         if maker is None or not isinstance(maker.kernel, KernelRef) or x.cols % (2 * BLOCK):
             return False
         op, params = maker.kernel.op, maker.kernel.params
-        only = all(n.op == "com.microsoft.MatMulNBits" for n in self.graph.consumers[x.name])
+        only = all(n.op in QUANTISED_PRODUCTS for n in self.graph.consumers[x.name])
         if getattr(params, "quant", 0) is not None or (op != "causal_conv" and not only):
             return False
         kept = maker.args if op == "causal_conv" else tuple(a for a in maker.args if a.value is not x)
@@ -302,7 +333,7 @@ class Lowering:
             if o not in self._values
             and (o in self.graph.outputs or any(n not in members for n in self.graph.consumers.get(o, [])))
         ]  # fmt: skip
-        fused = generic.fuse(self.graph, sorted(group, key=lambda n: n.index), outputs)
+        fused = generic.fuse(self.graph, sorted(group, key=lambda n: n.index), outputs, self.target.gpu is not None)
         holders = {alias: name for name, alias in fused.aliases.items()}
         local: dict[str, Value] = {}
         for name, array in fused.constants.items():
@@ -312,10 +343,12 @@ class Lowering:
         for call in fused.calls:
             args = [Arg(local[i] if i in local else self.dense(i), "r") for i in call.inputs]
             for out in call.outputs:
-                local[out] = self._intermediate(out, holders, fused.intermediates[out])
-                args.append(Arg(local[out], "w"))
-            key = structural_hash(call.func)
-            self.call(GenericRef(f"{key & 0xFFFFFFFFFFFFFFFF:016x}", call.label, call.func, call.grid), *args)
+                again = out in local  # several parts of one function may write parts of one tensor
+                if not again:
+                    local[out] = self._intermediate(out, holders, fused.intermediates[out])
+                args.append(Arg(local[out], "rw" if again else "w"))
+            key = f"{structural_hash(call.func) & 0xFFFFFFFFFFFFFFFF:016x}"
+            self.call(GenericRef(key, call.label, call.func, call.grid, call.threads), *args)
         for name, alias in fused.aliases.items():
             if name not in self._values:
                 self._values[name] = local[alias] if alias in local else self.value(alias)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from edgeseq.compiler.codegen import KernelSet
+from edgeseq.compiler.gpu.codegen import GpuKernelSet
 from edgeseq.compiler.ir import GenericRef, KernelRef
 from edgeseq.compiler.targets import resolve
 
@@ -82,6 +84,60 @@ class Library:
             if how == "r":
                 assert h.array.tobytes() == before.tobytes(), "an input was written"
         return [h.array for h, how in zip(held, access, strict=True) if how != "r"]
+
+
+class DeviceLibrary:
+    """The same for GPU kernels, on the first OpenCL device there is; blocks run in the device's order."""
+
+    def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]]) -> None:
+        cl = pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+        try:
+            device = cl.get_platforms()[0].get_devices()[0]
+        except (cl.Error, IndexError):
+            pytest.skip("there is no OpenCL device")
+        self.cl, self.context = cl, cl.Context([device])
+        self.queue = cl.CommandQueue(self.context)
+        self.kernels = GpuKernelSet(resolve("opencl"))
+        for ref, n_args in refs:
+            self.kernels.add(ref, n_args)
+        program = cl.Program(self.context, self.kernels.source()).build()
+        self.entries = {name: cl.Kernel(program, name) for name in self.kernels.pointers}
+
+    def call(
+        self,
+        ref: KernelRef | GenericRef,
+        arrays: Sequence[NDArray],
+        access: str,
+        shifts: Sequence[int] = (),
+        seed: int = 0,
+    ) -> list[NDArray]:
+        """As Library.call: every array in one block of memory with canaries between them."""
+        name = self.kernels.names[ref]
+        starts, at = [], GUARD
+        for array, shift in zip(arrays, shifts or [0] * len(arrays), strict=True):
+            at = -(-at // 64) * 64 + shift
+            starts.append(at)
+            at += array.nbytes + GUARD
+        block = np.full(at, CANARY, np.uint8)
+        for array, start in zip(arrays, starts, strict=True):
+            block[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        before = block.copy()
+        memory = self.cl.Buffer(
+            self.context, self.cl.mem_flags.READ_WRITE | self.cl.mem_flags.COPY_HOST_PTR, hostbuf=block
+        )
+        threads = self.kernels.block_threads[name]
+        pairs = [x for start in starts for x in (memory, np.uint64(start))]
+        self.entries[name](self.queue, (self.kernels.grids[name] * threads,), (threads,), *pairs)
+        self.cl.enqueue_copy(self.queue, block, memory)
+        writable = np.zeros(at, bool)
+        results = []
+        for array, start, how in zip(arrays, starts, access, strict=True):
+            if how != "r":
+                end = start + array.nbytes
+                writable[start:end] = True
+                results.append(block[start:end].copy().view(array.dtype).reshape(array.shape))
+        assert (block == before)[~writable].all(), "an input or memory around a buffer was written"
+        return results
 
 
 def largest_frame(assembly: str) -> int:

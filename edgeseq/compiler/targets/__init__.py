@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from devices.profile import load_profile
 from edgeseq.errors import CompileError
 
 if TYPE_CHECKING:
-    from devices.profile import Profile
+    from devices.profile import Gpu, Profile
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,48 @@ class Target:
     features:  instruction sets the kernels use; the runtime refuses a CPU that lacks one.
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
     dot:       the byte product and its tile.
+    gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
     """
 
     name: str
-    llvm: dict[str, Any] = field(hash=False)
+    llvm: dict[str, Any] | None = field(hash=False)
     shared: str
     static: str
     features: tuple[str, ...]
     gemm_tile: tuple[int, int]
     dot: Dot
+    gpu: Gpu | None = None
+
+    @property
+    def backend(self) -> Literal["cpu", "opencl", "cuda"]:
+        """What runs the kernels."""
+        return self.gpu.backend if self.gpu else "cpu"  # type: ignore[return-value]
 
     def facts(self) -> dict[str, Any]:
         """For the bundle's metadata."""
-        return {"name": self.name, "triple": self.shared, "cpu": self.llvm["mcpu"], "features": list(self.features)}
+        facts: dict[str, Any] = {"name": self.name, "triple": self.shared, "features": list(self.features)}
+        if self.llvm:
+            facts["cpu"] = self.llvm["mcpu"]
+        if self.gpu:
+            facts["gpu"] = {k: v for k, v in asdict(self.gpu).items() if v}
+        return facts
 
 
 def families() -> list[str]:
     """Instruction-set families that have a file here."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "gpu")
 
 
 def resolve(name: str) -> Target:
     """The target called `name`: `host`, a device profile, or a profile file. Raises UsageError, CompileError."""
+    from . import gpu
+
     profile = load_profile(name)
     arch = _host_arch() if profile.triple == "auto" else profile.arch
     if arch not in families():
         raise CompileError(f"{name}: no code generator for {arch}", f"known: {', '.join(families())}")
     target: Target = importlib.import_module(f"{__name__}.{arch}").make(profile)
-    return target
+    return gpu.make(profile, target) if profile.gpu else target
 
 
 def _host_arch() -> str:

@@ -1,0 +1,195 @@
+"""y[T,M] = x[T,K] W[M,K]^T + bias + residual with 4- or 8-bit weights and int8 activations (see kernels/linear_q).
+
+Four products of bytes at a time, exact in int32 within a block of 32, as on a CPU. T = 1: 16 rows a block of threads,
+weights streamed in words of 16 bytes (4 rows x 4 k, twice that for 4 bits). T > 1: tiles of 64 rows x 64 tokens, one
+block of 32 of each in shared memory at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kernels._quantise import BLOCK, blocks
+from ..kernels.linear_q import PAIR_BYTES, LinearQ
+from ..tvm_api import T, tirx
+from . import Built
+from ._emit import (
+    Expr,
+    Kernel,
+    half,
+    kernel,
+    let,
+    local,
+    reduce_rows,
+    shared,
+    store,
+    strided,
+    sync,
+    when,
+    words,
+    zero,
+)
+from .linear import GEMM_THREADS, ROWS, TILE, epilogue, finish_tile, gemv_threads
+
+UNROLL = 2
+
+
+def build(name: str, p: LinearQ, gpu: Any) -> Built:
+    groups, n = -(-p.M // ROWS), blocks(p.K)
+    weight_words = groups * (n // 2) * PAIR_BYTES[p.bits] // 4
+    sizes = {
+        "q": ("int32", p.T * n * BLOCK // 4),
+        "scale": ("float32", p.T * n),
+        "offset": ("int32", p.T * n),
+        "w": ("int32x4", weight_words // 4) if p.T == 1 else ("int32", weight_words),
+        "ws": ("uint32x2", weight_words // 2) if p.T == 1 else ("uint32", weight_words),
+        "bias": ("float32", p.M),
+        "residual": ("float32", (p.T - 1) * p.ldr + p.M),
+        "y": ("float32", p.T * p.M),
+    }
+    params = [(a, *sizes[a]) for a in p.args]
+    if p.T == 1:
+        threads = gemv_threads(gpu, groups, weight_words * 4 // groups)
+        with kernel(name, params, groups, threads, gpu) as k:
+            _gemv(k, p, n)
+        return Built(k.func, groups, threads)
+    grid = -(-p.M // TILE) * -(-p.T // TILE)
+    with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
+        _gemm(k, p, n, groups)
+    return Built(k.func, grid, GEMM_THREADS)
+
+
+def _low(word: Expr) -> Expr:
+    """The four low nibbles of a word as bytes."""
+    return word & T.int32(0x0F0F0F0F)
+
+
+def _high(word: Expr) -> Expr:
+    return (word >> 4) & T.int32(0x0F0F0F0F)
+
+
+def dp4a(a: Expr, b: Expr, c: Expr) -> Expr:
+    """c + the four products of signed bytes."""
+    return T.call_pure_extern("int32", "es_dp4a", a, b, c)
+
+
+def _gemv(k: Kernel, p: LinearQ, n: int) -> None:
+    """A block of 32 has 4 (8) lines of 16 rows; thread t of its 16 (32) has rows 4(t%4).. of line t/4."""
+    pair, team = PAIR_BYTES[p.bits] // 16, 4 * p.bits  # words of 16 bytes of a pair and, one per thread, of a block
+    stride = k.threads // team
+    acc = local(4)
+    zero(acc, 4)
+    line, quad = let(k.thread % team // 4), let(k.thread % 4)
+    first = let(k.thread // team)
+    base = let(k.block * (n // 2 * pair))
+
+    def step(start: Expr, count: int) -> None:
+        raw, scales = local(4 * count, "int32"), local(2 * count, "uint32")
+        for u in range(count):
+            b = start + u * stride + first
+            at = base + b // 2 * pair
+            words(k["w"], at + 4 + b % 2 * team + line * 4 + quad, raw, 4 * u)
+            words(k["ws"], at * 2 + b % 2 * 4 + quad, scales, 2 * u, 2)
+        for u in range(count):
+            b = start + u * stride + first
+            a = let(k["scale"][b])
+            x0 = let(k["q"][b * 8 + line])
+            x1 = let(k["q"][b * 8 + line + 4]) if p.bits == 4 else None
+            init = let(tirx.Select(line == 0, k["offset"][b], T.int32(0)))
+            for r in range(4):
+                w = raw[4 * u + r]
+                total = dp4a(_high(w), x1, dp4a(_low(w), x0, init)) if p.bits == 4 else dp4a(w, x0, init)
+                bits = scales[2 * u + r // 2]
+                s = half(bits & T.uint32(0xFFFF) if r % 2 == 0 else bits >> T.uint32(16))
+                store(acc, r, acc[r] + T.Cast("float32", total) * (s * a))
+
+    full = n // stride
+    if full // UNROLL:
+        with T.serial(full // UNROLL) as i:
+            step(i * (UNROLL * stride), UNROLL)
+    if full % UNROLL:
+        step(full // UNROLL * UNROLL * stride, full % UNROLL)
+    if n % stride:
+        with when(first < n % stride):
+            step(full * stride, 1)
+    total = reduce_rows(k, acc, 4, 4, shared(k.threads * 4))
+    row = k.block * ROWS + k.thread
+    with when(k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)):
+        epilogue(k, p, let(total(k.thread)), 0, row)
+
+
+def _gemm(k: Kernel, p: LinearQ, n: int, groups: int) -> None:
+    tiles = -(-p.M // TILE)
+    first_row, first_token = let(k.block % tiles * TILE), let(k.block // tiles * TILE)
+    w, x = shared(8 * TILE, "int32"), shared(8 * (TILE + 1), "int32")
+    ws, xs, xo = shared(TILE), shared(TILE), shared(TILE, "int32")
+    acc = local(16)
+    zero(acc, 16)
+    i, j = let(k.thread // 16), let(k.thread % 16)
+    pair_words, block_words = PAIR_BYTES[p.bits] // 4, 32 * p.bits // 2
+
+    with T.serial(n) as b:
+        sync()
+
+        def weights(index: Expr) -> None:
+            group, rest = index // block_words, index % block_words
+            line, lane = rest // ROWS, rest % ROWS
+            g = first_row // ROWS + group
+            raw = local(1, "int32")
+            store(raw, 0, T.int32(0))
+            with when(g < groups):
+                at = (g * (n // 2) + b // 2) * pair_words + 16 + b % 2 * block_words
+                store(raw, 0, k["w"][at + rest])
+            if p.bits == 4:
+                store(w, line * TILE + group * ROWS + lane, _low(raw[0]))
+                store(w, (line + 4) * TILE + group * ROWS + lane, _high(raw[0]))
+            else:
+                store(w, line * TILE + group * ROWS + lane, raw[0])
+
+        def row_scales(row: Expr) -> None:
+            g = first_row // ROWS + row // ROWS
+            value = local(1)
+            store(value, 0, T.float32(0.0))
+            with when(g < groups):
+                bits = k["ws"][(g * (n // 2) + b // 2) * pair_words + b % 2 * 8 + row % ROWS // 2]
+                store(value, 0, half((bits >> T.Cast("uint32", row % 2 * 16)) & T.uint32(0xFFFF)))
+            store(ws, row, value[0])
+
+        def tokens(index: Expr) -> None:
+            token, word = index // 8, index % 8
+            raw = local(1, "int32")
+            store(raw, 0, T.int32(0))
+            with when(first_token + token < p.T):
+                store(raw, 0, k["q"][((first_token + token) * n + b) * 8 + word])
+            store(x, word * (TILE + 1) + token, raw[0])
+
+        def token_scales(token: Expr) -> None:
+            store(xs, token, T.float32(0.0))
+            store(xo, token, T.int32(0))
+            with when(first_token + token < p.T):
+                store(xs, token, k["scale"][(first_token + token) * n + b])
+                store(xo, token, k["offset"][(first_token + token) * n + b])
+
+        strided(k, TILE // ROWS * block_words, weights)
+        strided(k, TILE, row_scales)
+        strided(k, TILE * 8, tokens)
+        strided(k, TILE, token_scales)
+        sync()
+        ints = local(16, "int32")
+        for r in range(4):
+            for c in range(4):
+                store(ints, r * 4 + c, xo[j + 16 * c])
+        with T.serial(8) as d:
+            wr, xr = local(4, "int32"), local(4, "int32")
+            for r in range(4):
+                store(wr, r, w[d * TILE + i * 4 + r])
+                store(xr, r, x[d * (TILE + 1) + j + 16 * r])
+            for r in range(4):
+                for c in range(4):
+                    store(ints, r * 4 + c, dp4a(wr[r], xr[c], ints[r * 4 + c]))
+        for r in range(4):
+            for c in range(4):
+                at = r * 4 + c
+                scale = ws[i * 4 + r] * xs[j + 16 * c]
+                store(acc, at, acc[at] + T.Cast("float32", ints[at]) * scale)
+    finish_tile(k, p, acc, first_row, first_token, i, j)
