@@ -25,6 +25,7 @@ from edgeseq.models.hf import ConfigReader
 from edgeseq.models.hybrid_attention import Attention, Place, empty_frequency, place_of
 from edgeseq.models.mamba2 import Norm as GateNorm
 from edgeseq.models.mamba2 import SSDConfig
+from edgeseq.models.moe import Moe
 from edgeseq.models.stack import Mixer, NegativeExp
 from edgeseq.spec import StateSlot
 
@@ -79,7 +80,8 @@ class HybridLayer(nn.Module):
             x, at = x + y, at + count
             new += present
         if self.feed_forward is not None:
-            x = x + self.feed_forward(ops.rms_norm(x, self.ff_norm, self.eps))
+            h = ops.rms_norm(x, self.ff_norm, self.eps)
+            x = x + (self.feed_forward.advance(h) if isinstance(self.feed_forward, Moe) else self.feed_forward(h))
         return x, *new
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
@@ -207,10 +209,12 @@ def scaled(stored: StoredTensor, factor: float | Array) -> StoredTensor:
     return stored if np.all(np.asarray(factor) == 1.0) else replace(stored, convert=convert)
 
 
-def ssd_from_hf(r: ConfigReader, d_model: int, eps: float, norm: GateNorm, d_inner: int | None = None) -> SSDConfig:
+def ssd_from_hf(
+    r: ConfigReader, d_model: int, eps: float, norm: GateNorm, d_inner: int | None = None, out_bias: bool | None = None
+) -> SSDConfig:
     """The Mamba-2 mixer of a config.json with `mamba_*` fields (Bamba, Falcon-H1, Granite 4).
 
-    d_inner: the inner width where `mamba_expand` times the width does not give it.
+    d_inner: the inner width where `mamba_expand` times the width does not give it; out_bias as in `SSDConfig`.
     """
     heads = r.positive("mamba_n_heads", default=128)
     inner = r.positive("mamba_expand", default=2) * d_model if d_inner is None else d_inner
@@ -232,4 +236,5 @@ def ssd_from_hf(r: ConfigReader, d_model: int, eps: float, norm: GateNorm, d_inn
         eps=eps,
         proj_bias=r.flag("mamba_proj_bias", False),
         conv_bias=r.flag("mamba_conv_bias", True),
+        out_bias=out_bias,
     )

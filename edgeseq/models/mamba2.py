@@ -46,6 +46,7 @@ class SSDConfig:
 
     norm: gate_first is rms_norm(y silu(z)) w over each of G groups (Mamba-2, Bamba, Zamba2, Granite), norm_first is
     rms_norm(y) w silu(z) over each group, none is y silu(z) (Falcon-H1). dt_max None: no upper bound.
+    proj_bias: of in_proj, and of out_proj unless out_bias says otherwise.
     """
 
     d_model: int
@@ -60,6 +61,7 @@ class SSDConfig:
     eps: float = 1e-5
     proj_bias: bool = False
     conv_bias: bool = True
+    out_bias: bool | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_groups:
@@ -72,6 +74,10 @@ class SSDConfig:
     @property
     def d_conv_channels(self) -> int:
         return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.proj_bias if self.out_bias is None else self.out_bias
 
 
 class SSDMixer(Mixer):
@@ -87,7 +93,7 @@ class SSDMixer(Mixer):
         self.A = nn.Parameter(torch.empty(c.n_heads))
         self.D = nn.Parameter(torch.ones(c.n_heads))
         self.gate_norm = None if c.norm == "none" else nn.Parameter(torch.ones(c.d_inner))
-        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.has_out_bias)
 
     def split_in(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B,T,d] -> z [B,T,D], input of the convolution [B,T,D+2GN], dt before its bias [B,T,H]."""
@@ -268,6 +274,7 @@ def mixer_tensors(c: SSDConfig, theirs: str) -> dict[str, StoredTensor]:
         names["conv_bias"] = StoredTensor(f"{theirs}conv1d.bias", (c.d_conv_channels,))
     if c.proj_bias:
         names["in_proj.bias"] = StoredTensor(f"{theirs}in_proj.bias", (c.d_inner + c.d_conv_channels + c.n_heads,))
+    if c.has_out_bias:
         names["out_proj.bias"] = StoredTensor(f"{theirs}out_proj.bias", (c.d_model,))
     return names
 

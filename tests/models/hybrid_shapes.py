@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgeseq.models.bamba import BambaConfig
+from edgeseq.models.falcon_h1 import FalconH1Config, Multipliers
 from edgeseq.models.hybrid_attention import AttentionConfig
 from edgeseq.models.mamba2 import SSDConfig
 from edgeseq.models.transformer import RopeConfig
@@ -13,5 +14,9 @@ HYBRIDS = {
         61, 36, 3, (1,), AttentionConfig(36, 6, 2, 10, bias=True),
         SSDConfig(36, 6, 7, 5, n_groups=3, d_conv=3, dt_min=0.01, dt_max=0.4, proj_bias=True, conv_bias=False),
         40, 4, mlp_bias=True, rope=LLAMA3,
+    ),
+    "falcon-h1-odd": FalconH1Config(
+        53, 30, 2, AttentionConfig(30, 3, 3, 6), SSDConfig(30, 4, 9, 5, n_groups=2, norm="norm_first", out_bias=True),
+        22, rope=RopeConfig(1e11), multipliers=Multipliers(embedding=1.7),
     ),
 }  # fmt: skip

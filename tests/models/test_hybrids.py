@@ -13,6 +13,11 @@ from tests.models.huggingface import assert_greedy_parity, randomise, save
 transformers = pytest.importorskip("transformers")
 
 # fmt: off
+MUP: dict[str, Any] = {
+    "embedding_multiplier": 1.7, "lm_head_multiplier": 0.6, "attention_in_multiplier": 1.3, "key_multiplier": 0.7,
+    "attention_out_multiplier": 0.9, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.8,
+    "ssm_multipliers": [0.35, 0.25, 1.2, 0.5, 0.9], "mlp_multipliers": [0.88, 0.58],
+}
 CASES: dict[str, dict[str, Any]] = {
     "bamba": {"vocab_size": 1009, "hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3,
               "num_attention_heads": 3, "num_key_value_heads": 1, "attn_layer_indices": [1], "mamba_n_heads": 6,
@@ -23,9 +28,23 @@ CASES: dict[str, dict[str, Any]] = {
                      "mamba_chunk_size": 8, "time_step_limit": (0.02, 0.3), "mamba_proj_bias": True,
                      "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3,
                      "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "falcon_h1": {"vocab_size": 1009, "hidden_size": 42, "intermediate_size": 37, "num_hidden_layers": 2,
+                  "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "mamba_d_ssm": 48,
+                  "mamba_n_heads": 6, "mamba_d_state": 7, "mamba_n_groups": 3, "mamba_d_conv": 3,
+                  "mamba_chunk_size": 16, "projectors_bias": True} | MUP,
+    "falcon_h1-norm-first": {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 31, "num_hidden_layers": 2,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_ssm": None,
+                             "mamba_n_heads": 4, "mamba_d_state": 5, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+                             "mamba_rms_norm": True, "time_step_limit": (0.02, 0.3), "mamba_proj_bias": True,
+                             "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True} | MUP,
+    "falcon_h1-gate-first": {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 31, "num_hidden_layers": 1,
+                             "num_attention_heads": 4, "num_key_value_heads": 4, "mamba_d_ssm": 40,
+                             "mamba_n_heads": 4, "mamba_d_state": 5, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+                             "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_conv_bias": False},
 }
 # fmt: on
-CLASSES = {"bamba": ("BambaConfig", "BambaForCausalLM")}
+CLASSES = {"bamba": ("BambaConfig", "BambaForCausalLM"), "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM")}
+SEEDS: dict[str, int] = {"falcon_h1-norm-first": 2}  # under others these say one token for ever
 WIDE = ("embed_tokens.weight", "out_proj.weight", "o_proj.weight")
 
 
@@ -33,7 +52,7 @@ def reference(name: str, folder: Path, **changed: Any) -> torch.nn.Module:
     """The random checkpoint of a case, saved; its time steps lie on both sides of every clamp."""
     config, model = (getattr(transformers, part) for part in CLASSES[name.partition("-")[0]])
     made = model(config(**CASES[name] | changed))
-    randomise(made, 0, WIDE)
+    randomise(made, SEEDS.get(name, 0), WIDE)
     return save(made, folder)
 
 
