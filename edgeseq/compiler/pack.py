@@ -6,6 +6,7 @@ rows16       [M,K] -> [ceil(M/16)][K][16], rows padded with zeros: 16 outputs pe
 columns16    [K,M] -> rows16 of its transpose
 q4x16, q8x16, s8x16   codes [M,ceil(K/32),16 or 32] and scales [M,ceil(K/32)] of MatMulNBits -> see kernels/linear_q;
              s8x16 stores 8-bit codes as signed bytes
+experts.*    rows16 or a quantised layout of each of [E,...], expert after expert
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import numpy as np
 ROWS = 16
 CHUNK_BYTES = 16 << 20
 QUANTISED = {"q4x16": 4, "q8x16": 8, "s8x16": 8}
+EXPERTS = "experts."
 
 
 def packed_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the packed array: elements of the source's dtype, bytes for the quantised layouts."""
+    if layout.startswith(EXPERTS):
+        groups, *rest = packed_shape(layout.removeprefix(EXPERTS), shape[1:])
+        return (shape[0] * groups, *rest)
     if layout == "plain":
         return shape
     if layout == "transposed":
@@ -41,7 +46,11 @@ def pack(layout: str, *arrays: np.ndarray) -> np.ndarray:
 
 def pack_stream(layout: str, *arrays: np.ndarray) -> Iterator[np.ndarray]:
     """The packed array in C-contiguous pieces of about 16 MB, in order."""
-    yield from _PACKERS[layout](*arrays)
+    if layout.startswith(EXPERTS):
+        for expert in zip(*arrays, strict=True):
+            yield from _PACKERS[layout.removeprefix(EXPERTS)](*expert)
+    else:
+        yield from _PACKERS[layout](*arrays)
 
 
 def _plain(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -77,7 +77,7 @@ class MixtralLayer(MistralLayer):
 class Mixtral(Transformer):
     """Forms as in `SequenceModel`."""
 
-    layer_type = MixtralLayer  # type: ignore[assignment]
+    layer_type = MixtralLayer
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
         rows = self.config.window or context

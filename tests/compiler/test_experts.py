@@ -1,0 +1,62 @@
+"""Experts through the whole chain: only the chosen ones are read, and the ledger counts those alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import edgeseq
+from edgeseq.bundle.ledger import launch_traffic, ledger
+from edgeseq.bundle.reader import BundleFile
+from edgeseq.models.mixtral import MixtralConfig
+from edgeseq.models.source import random_source
+from edgeseq.models.twin import family_of_config
+from exporters import export
+from tests.models.support import CONFIGS
+
+
+def made(config: object, folder: Path, target: str = "host", **how: object) -> Path:
+    """The bundle; its export lies beside it."""
+    source = random_source("experts", family_of_config(config), config)
+    export(source, folder / "export", **({"chunks": (5,)} | how))  # type: ignore[arg-type]
+    return edgeseq.compile(folder / "export", target, folder / "bundle")
+
+
+def assert_chain(bundle: Path, **how: object) -> None:
+    report = edgeseq.verify(bundle, **how)  # type: ignore[arg-type]
+    assert report.ok, report.failed
+
+
+@pytest.mark.parametrize(
+    ("name", "flavour"),
+    [("mixtral-odd", "onnx"), pytest.param("mixtral-window", "ort", marks=pytest.mark.slow)],
+)
+def test_every_stage_agrees(name: str, flavour: str, tmp_path: Path) -> None:
+    bundle = made(CONFIGS[name], tmp_path, flavour=flavour)
+    assert_chain(bundle, export=tmp_path / "export", threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
+@pytest.mark.parametrize("name", ["mixtral-odd"])
+def test_aarch64_agrees(name: str, tmp_path: Path) -> None:
+    assert_chain(made(CONFIGS[name], tmp_path, target="qemu-aarch64"), device="qemu-aarch64")
+
+
+def test_the_ledger_counts_the_chosen_experts_by_hand(tmp_path: Path) -> None:
+    """Two layers of eight experts, two chosen: a token reads two of them, a chunk of three at most six."""
+    d, width, experts, chosen, layers, vocabulary = 32, 16, 8, 2, 2, 48
+    config = MixtralConfig(vocabulary, d, layers, 2, 2, 16, width, tie=False, n_experts=experts, top_k=chosen)
+    plan = BundleFile(made(config, tmp_path, chunks=(3, 5), context=16) / "model.edgeseq").plan
+    expert = 4 * 3 * width * d  # gate, up and down
+    attention, router, norms = 4 * 4 * d * d, 4 * 16 * d, 4 * 2 * d  # the router's 8 rows are packed as 16
+    outside = 4 * (vocabulary * d + d + d)  # head, last norm, one row of the embedding
+    small = ledger(plan).weight_bytes - layers * (attention + router + norms + chosen * expert) - outside
+    assert 8 * 8 <= small <= 8 * 8 + 16, "the frequencies and a constant"
+    stored = sum(t.nbytes for t in plan.tensors)
+    assert stored - ledger(plan).weight_bytes >= layers * (experts - chosen) * expert
+    for graph in plan.graphs:
+        moved = [launch_traffic(plan, graph, x)["weights"] for x in graph.launches if "expert_linear" in x.kernel]
+        assert sum(moved) == layers * min(experts, chosen * graph.tokens) * expert
