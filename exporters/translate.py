@@ -25,7 +25,8 @@ onnx_op = Opset("", ONNX_OPSET)
 def translations(flavour: str) -> Translation:
     """The table for torch.onnx.export; `flavour` is "onnx" (portable) or "ort" (com.microsoft twins where faster)."""
     import edgeseq.models.experts_op
-    import edgeseq.models.functional  # noqa: F401  registers the torch operators
+    import edgeseq.models.functional
+    import edgeseq.models.scan_op  # noqa: F401  these register the torch operators
 
     register_all()
     contrib.register()
@@ -35,6 +36,8 @@ def translations(flavour: str) -> Translation:
         ours.retention.default: retention,
         ours.dplr_scan.default: dplr_scan,
         ours.wkv4.default: wkv4,
+        ours.diag_scan.default: diag_scan,
+        ours.dense_scan.default: dense_scan,
         ours.linear_attention.default: linear_attention,
         ours.causal_conv.default: causal_conv,
         ours.rms_norm.default: rms_norm,
@@ -92,6 +95,16 @@ def dplr_scan(
 def wkv4(k: Value, v: Value, time_decay: Value, time_first: Value, past: Value) -> Value:
     """ai.edgeseq.WKV4, inputs in this order."""
     return Opset(DOMAIN, VERSION).WKV4(k, v, time_decay, time_first, past, _outputs=2)
+
+
+def diag_scan(u: Value, a: Value, c: Value, d: Value | None, past: Value) -> Value:
+    """ai.edgeseq.DiagScan, inputs in this order."""
+    return Opset(DOMAIN, VERSION).DiagScan(u, a, c, d, past, _outputs=2)
+
+
+def dense_scan(u: Value, a: Value, b: Value, c: Value, d: Value | None, past: Value) -> Value:
+    """ai.edgeseq.DenseScan, inputs in this order."""
+    return Opset(DOMAIN, VERSION).DenseScan(u, a, b, c, d, past, _outputs=2)
 
 
 def linear_attention(

@@ -185,6 +185,8 @@ class Family:
     random_tensor: (config, tensor name, shape, rng) -> float32 weights at scales that keep long runs finite.
     constants:     config -> tensors that follow from the config alone (decays, frequencies), by tensor name.
     bare:          how it reads a file of tensors without a config, where such files exist.
+    derive:        (config, tensor name, read) -> what an export computes once from other tensors (the step matrices of
+                   a continuous model, the taps of a filter given as a network): every buffer that is no constant.
     """
 
     name: str
@@ -199,6 +201,22 @@ class Family:
     random_tensor: Callable[[Any, str, tuple[int, ...], np.random.Generator], Array]
     constants: Callable[[Any], dict[str, Array]] = lambda config: {}
     bare: BareCheckpoint | None = None
+    derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
+
+    def derived(self, config: Any) -> tuple[str, ...]:
+        """Names of the tensors that `derive` computes."""
+        if self.derive is None:
+            return ()
+        constants = self.constants(config)
+        return tuple(name for name, _ in self.meta_model(config).named_buffers() if name not in constants)
+
+    def completed(self, config: Any, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """The state_dict of a model: what was drawn, trained or read, with the constants and what is derived."""
+        whole = dict(tensors) | self.constants(config)
+        for name in self.derived(config):
+            assert self.derive is not None
+            whole[name] = self.derive(config, name, whole.__getitem__)
+        return whole
 
     def meta_model(self, config: Any) -> SequenceModel:
         """The module with shapes but no storage."""

@@ -96,6 +96,10 @@ class FamilySource(Source):
     def _constants(self) -> dict[str, Array]:
         return self.record.constants(self.config)
 
+    @cached_property
+    def _derived(self) -> tuple[str, ...]:
+        return self.record.derived(self.config) if isinstance(self.record, Family) else ()
+
     def build(self, device: Device = "cpu") -> nn.Module:
         model: nn.Module = self.record.meta_model(self.config)
         if device == "cpu":
@@ -108,6 +112,8 @@ class FamilySource(Source):
     def tensor(self, name: str) -> Array:
         if name in self._constants:
             return self._constants[name]
+        if name in self._derived and isinstance(self.record, Family) and self.record.derive is not None:
+            return self.record.derive(self.config, name, self.tensor)
         return self._read(name, self._shapes[name])
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,14 +50,13 @@ def fresh_model(family: Family, seed: int) -> SequenceModel:
     """The tiny shape with seeded initial weights, parameters rewritten for training where the family asks for it."""
     c = family.tiny
     model = family.model(c).train()
-    constants = family.constants(c)
+    made = {*family.constants(c), *family.derived(c)}
     initial = {
-        name: constants[name]
-        if name in constants
-        else family.random_tensor(c, name, tuple(t.shape), seeded_rng(f"train {seed}", name))
+        name: family.random_tensor(c, name, tuple(t.shape), seeded_rng(f"train {seed}", name))
         for name, t in model.state_dict().items()
+        if name not in made
     }
-    load_weights(model, initial)
+    load_weights(model, family.completed(c, initial))
     model.parametrize()
     return model
 
@@ -129,12 +129,12 @@ def bits_per_byte(model: SequenceModel, text: bytes, context: int) -> float:
     return total / count / math.log(2)
 
 
-def stored(model: SequenceModel) -> dict[str, Tensor]:
-    """What is shipped: large matrices in float16, the rest in float32."""
+def stored(model: SequenceModel, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """What is shipped: large matrices in float16, the rest in float32; tensors that others imply are left out."""
     return {
         name: (t.half() if t.numel() > HALF_FROM else t).contiguous()
         for name, t in model.state_dict().items()
-        if t.is_floating_point()
+        if t.is_floating_point() and name not in without
     }
 
 
@@ -159,9 +159,9 @@ def main() -> None:
     model.unparametrize()
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    weights = stored(model)
+    weights = stored(model, chosen.derived(chosen.tiny))
     save_file(weights, args.out / f"tiny-{chosen.name}.safetensors")
-    load_weights(model, {n: t.float().numpy() for n, t in weights.items()} | chosen.constants(chosen.tiny))
+    load_weights(model, chosen.completed(chosen.tiny, {n: t.float().numpy() for n, t in weights.items()}))
     text = b"".join(held)
     record = {
         "family": chosen.name,

@@ -17,6 +17,7 @@ from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
 from edgeseq.models.rwkv6 import Rwkv6Config
 from edgeseq.models.rwkv7 import Rwkv7Config
+from edgeseq.models.s4d import S4dConfig
 from edgeseq.models.source import load_weights
 from edgeseq.models.transformer import RopeConfig, TransformerConfig
 from edgeseq.models.twin import family_of_config
@@ -35,6 +36,8 @@ ODD = {
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
     "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
+    "s4d-odd": S4dConfig(61, 22, 2, 5, 30, "inv", tie=False),
+    "s4d-bilinear": S4dConfig(53, 35, 2, 1, 0, discretisation="bilinear"),
     "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
 }
 ODD |= HYBRIDS
@@ -44,7 +47,7 @@ CONFIGS = ODD | {f"{name}-tiny": record.tiny for name, record in families().item
 def random_model(config: object, seed: int = 0) -> SequenceModel:
     """Every parameter random, so that no default (zero bias, unit norm, equal decays) hides an error."""
     family, rng = family_of_config(config), np.random.default_rng(seed)
-    model, constants = family.meta_model(config), family.constants(config)
+    model, made = family.meta_model(config), {*family.constants(config), *family.derived(config)}
     tensors = {}
     for name, shape in ((n, tuple(t.shape)) for n, t in model.state_dict().items()):
         drawn = 0.15 * rng.standard_normal(shape)
@@ -56,8 +59,15 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = rng.uniform(-6.0, 2.0, shape)
         elif name.endswith("dt_bias"):
             drawn = rng.uniform(-9.0, 0.0, shape)
-        tensors[name] = constants.get(name, drawn.astype(np.float32))
-    load_weights(model, tensors)
+        elif name.endswith("log_dt"):
+            drawn = rng.uniform(-4.0, -1.0, shape)
+        elif name.endswith("A_imag"):
+            drawn = 20.0 * drawn
+        elif name.endswith((".C", ".P")):
+            drawn = 4.0 * drawn
+        if name not in made:
+            tensors[name] = drawn.astype(np.float32)
+    load_weights(model, family.completed(config, tensors))
     return model
 
 

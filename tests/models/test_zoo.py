@@ -132,4 +132,5 @@ def test_family_records_agree_with_their_models() -> None:
         slots = model.state_slots(128)
         assert (record.growth == "linear") == any(s.update == "append" for s in slots)
         names = set(model.state_dict())
-        assert set(record.constants(record.tiny)) == names - {n for n, _ in model.named_parameters()}
+        made = {*record.constants(record.tiny), *record.derived(record.tiny)}
+        assert made == names - {n for n, _ in model.named_parameters()}
