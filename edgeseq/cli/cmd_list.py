@@ -23,7 +23,7 @@ def _families() -> list[Row]:
             "state_bytes": family.state_formula,
             "ops": list(family.ops),
             "loads": [
-                *(family.checkpoint.model_types if family.checkpoint else ()),
+                *(kind for checkpoint in family.checkpoints for kind in checkpoint.model_types),
                 *(SUFFIXES if family.bare else ()),
             ],
             "zoo": list(zoo_of(family)),

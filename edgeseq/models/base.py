@@ -187,6 +187,7 @@ class Family:
     bare:          how it reads a file of tensors without a config, where such files exist.
     derive:        (config, tensor name, read) -> what an export computes once from other tensors (the step matrices of
                    a continuous model, the taps of a filter given as a network): every buffer that is no constant.
+    other_checkpoints: further ways in which its tensors are stored, tried after `checkpoint`.
     """
 
     name: str
@@ -201,6 +202,12 @@ class Family:
     random_tensor: Callable[[Any, str, tuple[int, ...], np.random.Generator], Array]
     constants: Callable[[Any], dict[str, Array]] = lambda config: {}
     bare: BareCheckpoint | None = None
+    other_checkpoints: tuple[Checkpoint, ...] = ()
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every way in which it reads a directory."""
+        return (() if self.checkpoint is None else (self.checkpoint,)) + self.other_checkpoints
     derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
 
     def derived(self, config: Any) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def _only_file(directory: Path) -> Path:
 
 def family_of(raw: Mapping[str, Any], where: Path) -> tuple[Family, Checkpoint]:
     """The family that reads this config.json."""
-    known = [(f, f.checkpoint) for f in families().values() if f.checkpoint is not None]
+    known = [(f, c) for f in families().values() for c in f.checkpoints]
     model_type = raw.get("model_type")
     for candidate, checkpoint in known:
         if model_type in checkpoint.model_types or (model_type is None and checkpoint.recognise(raw)):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
-from edgeseq.models import parallel, rotary, transformer
+from edgeseq.models import parallel, transformer
 from edgeseq.models.base import Checkpoint, Family
 from edgeseq.models.hf import ConfigReader
 from edgeseq.models.transformer import Transformer, TransformerConfig, TransformerLayer
@@ -79,6 +79,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> MistralConfig:
         r.only(name, False)
     theirs = {"num_key_value_heads": 8} | {k: v for k, v in raw.items() if v is not None}
     whole = transformer.config_from_hf(theirs)
+    if whole.longest is not None:
+        raise SourceError(
+            f"config.json: the rotary frequencies hold for {whole.longest} tokens only, but a ring of the last "
+            f"{r.positive('sliding_window')} has no end",
+            'a checkpoint that is used within that length is a LLaMA: set "model_type" to "llama" in config.json',
+        )
     return MistralConfig(**{f.name: getattr(whole, f.name) for f in fields(whole)}, window=r.positive("sliding_window"))
 
 
@@ -98,5 +104,5 @@ FAMILY = Family(
     growth="window",
     ops=("rotary", "window_attention"),
     random_tensor=transformer.random_tensor,
-    constants=lambda c: {"frequency": rotary.turns(c.rope.radians(c.head_dim))},
+    constants=transformer.constants,
 )

@@ -17,6 +17,7 @@ from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
 from edgeseq.models.rwkv6 import Rwkv6Config
 from edgeseq.models.rwkv7 import Rwkv7Config
+from edgeseq.models.s4 import S4Config
 from edgeseq.models.s4d import S4dConfig
 from edgeseq.models.source import load_weights
 from edgeseq.models.transformer import RopeConfig, TransformerConfig
@@ -25,6 +26,7 @@ from tests.models.hybrid_shapes import HYBRIDS
 
 CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
+YARN = RopeConfig(5e4, "yarn", 3.0, original_context=20, attention_factor=1.4, share=0.6)
 ODD = {
     "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
@@ -36,9 +38,13 @@ ODD = {
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
     "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
+    "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
+    "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
+    "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
     "s4d-odd": S4dConfig(61, 22, 2, 5, 30, "inv", tie=False),
     "s4d-bilinear": S4dConfig(53, 35, 2, 1, 0, discretisation="bilinear"),
     "transformer-gqa": TransformerConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, mlp_bias=True, rope=LLAMA3),
+    "transformer-yarn": TransformerConfig(59, 30, 2, 6, 3, 14, 36, output_bias=True, rope=YARN, qk_norm=True),
 }
 ODD |= HYBRIDS
 CONFIGS = ODD | {f"{name}-tiny": record.tiny for name, record in families().items()}

@@ -129,8 +129,9 @@ def test_mamba_config(mamba: Path, field: str, value: Any, words: list[str]) -> 
         ("num_key_value_heads", 4, ["k_proj.weight", "[4, 8]", "[8, 8]"]),
         ("head_dim", 3, ["width of 3 is odd"]),
         ("num_attention_heads", 16, ["head_dim", "0"]),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}, ["rope_parameters.rope_type", "'yarn'", "'llama3'"]),
-        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, ["rope_scaling.type", "'dynamic'"]),
+        ("rope_parameters", {"rope_type": "axial"}, ["rope_parameters.rope_type", "'axial'", "'llama3'", "'yarn'"]),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}, ["lacks max_position_embeddings"]),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, ["lacks max_position_embeddings"]),
         ("rope_parameters", {"rope_type": "linear"}, ["lacks rope_parameters.factor"]),
         ("rope_parameters", "linear", ["rope_parameters", "no object"]),
         (
