@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +54,6 @@ class KernelSet:
 
     def plan_kernels(self) -> tuple[PlanKernel, ...]:
         return tuple(PlanKernel(name, n) for name, n in self.pointers.items())
-
-    def dump(self, folder: Path) -> None:
-        """The generated code, for people."""
-        with tempfile.TemporaryDirectory() as work:
-            self.write_object(Path(work) / "kernels.o", folder / "kernels.s")
 
     def _name(self, ref: KernelRef | GenericRef) -> str:
         if isinstance(ref, GenericRef):

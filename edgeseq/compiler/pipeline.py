@@ -25,7 +25,7 @@ import numpy as np
 
 from edgeseq.bundle.directory import new_bundle, write_facts
 from edgeseq.bundle.encode import encode
-from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanKernel, PlanLaunch, PlanTensor, Space, align
+from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanLaunch, PlanTensor, Space, align
 from edgeseq.bundle.writer import write_plan
 from edgeseq.manifest import load_manifest
 from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
@@ -33,6 +33,8 @@ from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
 from . import dump as dumps
 from .codegen import KernelSet
 from .foreign.options import ImportOptions
+from .gpu.argmax import NEXT, pick_next
+from .gpu.codegen import GpuKernelSet
 from .graph import Graph, Weight, load_graph
 from .ir import Arg, Call, Storage
 from .link import link
@@ -113,13 +115,17 @@ def _compile(
         report("lower", i, len(graphs))
         lowering = Lowering(read(graph_file), graph_file.signature, memory, chosen)
         calls = lowering.run()
+        if chosen.gpu:
+            pick_next(lowering)
         mark_outputs_only(calls)
         lowered.append((graph_file, calls, plan_arena(calls)))
-    kernels = KernelSet(chosen)
+    kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)
     total = sum(len(calls) for _, calls, _ in lowered)
     for i, call in enumerate(call for _, calls, _ in lowered for call in calls):
         report("kernels", i, total)
         kernels.add(call.kernel, len(call.args))
+    if chosen.gpu:
+        report("code", 0, 2)
     plan = _plan(manifest, chosen, memory, lowered, kernels)
     if dump is not None:
         dumps.write(dump, lowered, kernels)
@@ -135,8 +141,13 @@ def _build(
     target: Target, kernels: KernelSet, plan_id: int, folder: Path, work: Path, report: Progress, dump: Path | None
 ) -> None:
     report("code", 0, 2)
-    kernels.write_object(work / "kernels.o", dump / "kernels.s" if dump else None)
     kernels.write_table(work / "kernel_table.c", plan_id)
+    if target.gpu:  # the code is in the plan
+        if dump:
+            kernels.dump(dump)
+        link(target, None, work / "kernel_table.c", folder)
+        return
+    kernels.write_object(work / "kernels.o", dump / "kernels.s" if dump else None)
     report("code", 1, 2)
     link(target, work / "kernels.o", work / "kernel_table.c", folder)
     report("code", 2, 2)
@@ -159,7 +170,7 @@ def _plan(
         manifest=manifest,
         target=target.facts(),
         graphs=graphs,
-        kernels=tuple(PlanKernel(name, n) for name, n in kernels.pointers.items()),
+        kernels=kernels.plan_kernels(),
         tensors=tensors,
         state=tuple((s, memory.state[s.name].offset) for s in slots),
         state_bytes=state_bytes,
@@ -205,6 +216,8 @@ def _graph(
     signature = graph.signature
     io = [PlanIO(s, "in", memory.io[s.name].offset) for s in signature.inputs if s.name in memory.io]
     io += [PlanIO(s, "out", memory.io[s.name].offset) for s in signature.outputs]
+    if NEXT.name in memory.io:
+        io.append(PlanIO(NEXT, "out", memory.io[NEXT.name].offset))
     launches = tuple(_launch(call, kernels, names) for call in calls)
     return PlanGraph(Path(graph.file).stem, signature.tokens, align(arena), launches, tuple(io))
 
@@ -212,7 +225,8 @@ def _graph(
 def _launch(call: Call, kernels: KernelSet, names: dict[Storage, str]) -> PlanLaunch:
     name = kernels.names[call.kernel]
     args = tuple(_arg(a, names) for a in call.args)
-    return PlanLaunch(name, (kernels.grids[name], 1, 1), (1, 1, 1), args, call.outputs_only, call.traffic)
+    block = (kernels.threads(name), 1, 1)
+    return PlanLaunch(name, (kernels.grids[name], 1, 1), block, args, call.outputs_only, call.traffic)
 
 
 def _arg(arg: Arg, names: dict[Storage, str]) -> PlanArg:

@@ -26,7 +26,7 @@ from edgeseq.compiler.pack import pack
 from edgeseq.compiler.targets import resolve
 from edgeseq.spec import DTYPE_BYTES, StateSlot, StepSignature, TensorSpec
 
-from .library import Library
+from .library import DeviceLibrary, Library
 
 OPSET = 27
 DTYPES = {
@@ -75,7 +75,9 @@ def signature_of(model: onnx.ModelProto, tokens: int = 1) -> StepSignature:
 class Program:
     """One lowered graph: calls, sizes of its spaces."""
 
-    def __init__(self, model: onnx.ModelProto, label: str = "graph", memory: Memory | None = None) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, label: str = "graph", memory: Memory | None = None, target: str = "host"
+    ) -> None:
         self.model = model
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{label}.onnx"
@@ -83,7 +85,7 @@ class Program:
             graph = load_graph(path)
         self.signature = signature_of(model)
         self.memory = memory or Memory()
-        lowering = Lowering(graph, self.signature, self.memory, resolve("host"))
+        lowering = Lowering(graph, self.signature, self.memory, resolve(target))
         self.calls: list[Call] = lowering.run()
         mark_outputs_only(self.calls)
         self.arena = plan_arena(self.calls)
@@ -92,12 +94,12 @@ class Program:
 
 
 class Machine:
-    """Programs whose kernels share one library."""
+    """Programs whose kernels share one library; target: "host", or "opencl" where there is such a device."""
 
-    def __init__(self, folder: Path, models: Mapping[str, onnx.ModelProto]) -> None:
-        self.programs = {name: Program(model, name) for name, model in models.items()}
-        calls = [c for p in self.programs.values() for c in p.calls]
-        self.library = Library(folder, [(c.kernel, len(c.args)) for c in calls])
+    def __init__(self, folder: Path, models: Mapping[str, onnx.ModelProto], target: str = "host") -> None:
+        self.programs = {name: Program(model, name, target=target) for name, model in models.items()}
+        refs = [(c.kernel, len(c.args)) for p in self.programs.values() for c in p.calls]
+        self.library = Library(folder, refs) if target == "host" else DeviceLibrary(refs)
 
     def step(self, name: str) -> Step:
         return Step(self.programs[name], self.library)
@@ -106,7 +108,7 @@ class Machine:
 class Step:
     """A stream of one program. Calling it consumes inputs by name and returns the outputs; `state` holds the slots."""
 
-    def __init__(self, program: Program, library: Library) -> None:
+    def __init__(self, program: Program, library: Library | DeviceLibrary) -> None:
         self.program, self.library = program, library
         self.spaces = {
             k: _block(n) for k, n in (("arena", program.arena), ("state", program.state), ("io", program.io))
@@ -135,6 +137,14 @@ class Step:
         }
 
     def _run(self, call: Call) -> None:
+        if isinstance(self.library, DeviceLibrary):
+            arrays = [self._bytes(a) for a in call.args]
+            access = "".join("r" if a.access == "r" else "w" for a in call.args)
+            results = iter(self.library.call(call.kernel, arrays, access))
+            for array, how in zip(arrays, access, strict=True):
+                if how == "w":
+                    array[:] = next(results)
+            return
         name = self.library.kernels.names[call.kernel]
         function = getattr(self.library.native, name)
         function.restype = None
@@ -150,6 +160,13 @@ class Step:
         space = self.spaces[storage.kind]
         assert 0 <= start and start + value.span * DTYPE_BYTES[value.dtype] <= align(space.nbytes)
         return ctypes.c_void_p(space.ctypes.data + start)
+
+    def _bytes(self, arg: Arg) -> NDArray:
+        value, storage = arg.value, arg.value.storage
+        if storage.kind == "weight":
+            return self.weights[storage]
+        start = storage.offset + value.offset * DTYPE_BYTES[value.dtype]
+        return self.spaces[storage.kind][start : start + value.span * DTYPE_BYTES[value.dtype]]
 
     def _view(self, space: str, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray:
         count = int(np.prod(shape)) * DTYPE_BYTES[dtype]

@@ -25,10 +25,17 @@ STEPS = 4
 DRAWN = {f"drawn-{seed}": seed for seed in range(10)}
 
 
+MODELS = {n: graphs.by_hand(n) for n in graphs.CASES} | {n: graphs.at_random(s) for n, s in DRAWN.items()}
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    models = {n: graphs.by_hand(n) for n in graphs.CASES} | {n: graphs.at_random(s) for n, s in DRAWN.items()}
-    return Machine(tmp_path_factory.mktemp("generic"), models)
+    return Machine(tmp_path_factory.mktemp("generic"), MODELS)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("generic"), MODELS, "opencl")
 
 
 def close(got: NDArray, want: NDArray, name: str) -> None:
@@ -64,6 +71,11 @@ def compare(machine: Machine, name: str, model: onnx.ModelProto, seed: int = 0) 
 @pytest.mark.parametrize("name", [*graphs.CASES, *DRAWN])
 def test_graph(machine: Machine, name: str) -> None:
     compare(machine, name, machine.programs[name].model)
+
+
+@pytest.mark.parametrize("name", [*graphs.CASES, *DRAWN])
+def test_graph_on_a_gpu(device: Machine, name: str) -> None:
+    compare(device, name, device.programs[name].model)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generic import raw_pointers
-from ..tvm_api import IRModule, PrimFunc, s_tir, tirx, tvm
+from ..tvm_api import IRModule, PrimFunc, s_tir, structural_map, tirx, tvm
 
 THREADS = 128
 
@@ -41,8 +41,8 @@ def split(func: PrimFunc) -> list[Part]:
 
 def _part(func: PrimFunc, statement: Any) -> Part:
     blocks = _blocks(statement)
-    written = _positions(func, [r.buffer for b in blocks for r in b.writes])
-    read = _positions(func, [r.buffer for b in blocks for r in b.reads])
+    written = _positions(func, [r.source for b in blocks for r in b.writes])
+    read = _positions(func, [r.source for b in blocks for r in b.reads])
     reads = tuple(i for i in read if i not in written)
     alone = _with_params(func, (*reads, *written), statement)
     scheduled, grid, threads = schedule(alone)
@@ -50,8 +50,18 @@ def _part(func: PrimFunc, statement: Any) -> Part:
 
 
 def _blocks(statement: Any) -> list[Any]:
+    return _all(statement, s_tir.SBlock)
+
+
+def _all(root: Any, kind: type) -> list[Any]:
+    """Every node of a kind within `root`."""
     found: list[Any] = []
-    tirx.stmt_functor.post_order_visit(statement, lambda n: found.append(n) if isinstance(n, s_tir.SBlock) else None)
+
+    def note(node: Any) -> Any:
+        found.append(node)
+        return node
+
+    structural_map(root, [(kind, note)])
     return found
 
 
@@ -61,13 +71,7 @@ def _positions(func: PrimFunc, buffers: list[Any]) -> tuple[int, ...]:
 
 def _written(func: PrimFunc, root: Any) -> tuple[int, ...]:
     """Positions that a function of plain loops stores to."""
-    stores: list[Any] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, tirx.BufferStore):
-            stores.append(node.buffer)
-
-    tirx.stmt_functor.post_order_visit(root.body, visit)
+    stores = [n.buffer for n in _all(root.body, tirx.BufferStore)]
     return _positions(func, stores) or (len(func.params) - 1,)
 
 
@@ -104,22 +108,17 @@ def schedule(func: PrimFunc) -> tuple[PrimFunc, int, int]:
 def to_device_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]) -> PrimFunc:
     """Lower a scheduled PrimFunc of buffers to a device function of raw pointers; intrinsics stay."""
     lowered, pointers, body = raw_pointers(func, name, lower_passes)
-    bound: list[str] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
-            bound.append(str(node.node.thread_tag))
-
-    tirx.stmt_functor.post_order_visit(body, visit)
+    attributes = [n for n in _all(body, tirx.AttrStmt) if n.attr_key == "thread_extent"]
+    bound = [str(n.node.thread_tag) for n in attributes]
     for tag in ("threadIdx.x", "blockIdx.x"):
         if tag not in bound:
             axis = tirx.IterVar((0, 1), tirx.Var(tag, "int32"), 1, tag)
             body = tirx.AttrStmt(axis, "thread_extent", tirx.const(1, "int32"), body)
     made = tirx.PrimFunc(pointers, body)
-    attributes = {
+    marks = {
         "global_symbol": name, "tirx.noalias": True, "target": lowered.attrs["target"], "calling_conv": 2,
         "tirx.is_global_func": True,
     }  # fmt: skip
-    for key, value in attributes.items():
+    for key, value in marks.items():
         made = made.with_attr(key, value)
     return made

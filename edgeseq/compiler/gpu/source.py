@@ -9,8 +9,16 @@ import re
 
 from ..tvm_api import IRModule, PrimFunc, TvmTarget, get_global_func
 
-OPENCL = """\
-#define log1pf log1p
+_LIBM = (
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "erf", "exp", "exp10", "exp2", "expm1",
+    "fmod", "hypot", "log", "log10", "log1p", "log2", "pow", "sin", "sinh", "sqrt", "tan", "tanh", "fabs", "floor",
+    "ceil", "trunc", "round",
+)  # fmt: skip
+"""C's names end in f, OpenCL's do not."""
+
+OPENCL = (
+    "".join(f"#define {name}f {name}\n" for name in _LIBM)
+    + """\
 #define nearbyintf rint
 inline float es_half(uint h)
 { /* exact for every finite number and infinity; a device that flushes denormals loses those below 2^-14 */
@@ -25,6 +33,7 @@ inline int es_dp4a(int a, int b, int c)
 }
 inline int es_rint(float x) { return convert_int_rte(x); }
 """
+)
 
 CUDA = """\
 typedef unsigned int uint;
