@@ -46,7 +46,8 @@ def model(name: str) -> StepModel:
     record, rng = step_families()[name.split("-")[0]], np.random.default_rng(3)
     made = record.meta_model(ODD[name])
     shapes = {n: tuple(t.shape) for n, t in made.state_dict().items()}
-    load_weights(made, {n: (0.8 * rng.standard_normal(shape)).astype(np.float32) for n, shape in shapes.items()})
+    scale = 0.3 if name == "nsm" else 0.8  # an instruction that speaks of properties alone forgets where it was
+    load_weights(made, {n: (scale * rng.standard_normal(shape)).astype(np.float32) for n, shape in shapes.items()})
     return made
 
 
@@ -210,7 +211,7 @@ def bundled(name: str, target: str) -> Path:
     return out
 
 
-SLOW = ("ntm-1r1w", "dnc-1r")
+SLOW = ("ntm-2r3w", "dnc-1r")
 few = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ODD])
 
 
