@@ -27,13 +27,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
 from edgeseq.models import scan_op, state_space
 from edgeseq.models.base import Array, Family
 from edgeseq.models.stack import Mixer, Stack
+from edgeseq.models.state_space import GatedOutput
 from edgeseq.spec import StateSlot
 
 
@@ -74,22 +74,18 @@ class S4dMixer(Mixer):
         self.A_imag = nn.Parameter(torch.empty(n, d))
         self.C = nn.Parameter(torch.empty(n, 2, d))
         self.D = nn.Parameter(torch.empty(d))
-        self.out_proj = nn.Linear(d, 2 * d)
+        self.out = GatedOutput(d)
         self.register_buffer("poles", torch.empty(n, 2, d))
         self.register_buffer("residues", torch.empty(n, 2, d))
-
-    def gated(self, y: Tensor) -> Tensor:
-        a, b = self.out_proj(F.gelu(y)).chunk(2, -1)
-        return a * torch.sigmoid(b)
 
     def forward(self, h: Tensor) -> Tensor:
         poles, residues = modes(self.c.discretisation, self.log_dt, self.log_A_real, self.A_imag, self.C)
         kernel = state_space.modal_kernel(poles, residues, h.shape[1]).to(h.dtype)
-        return self.gated(state_space.fft_conv(h, kernel) + self.D * h)
+        return self.out(state_space.fft_conv(h, kernel) + self.D * h)
 
     def advance(self, h: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         y, present = scan_op.diag_scan(h, self.poles, self.residues, self.D, state[0])
-        return self.gated(y), present
+        return self.out(y), present
 
     def state_slots(self) -> tuple[StateSlot, ...]:
         return (StateSlot("modes", "float32", (1, self.c.d_state, 2, self.c.d_model)),)

@@ -13,13 +13,25 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeseq.models.base import Array
 from edgeseq.models.base import normal as gaussian
 from edgeseq.models.stack import random_tensor as stack_tensor
 
 DT_RANGE = (1e-3, 1e-1)  # step sizes at the start, log-uniform as published
+
+
+class GatedOutput(nn.Module):
+    """What follows a state space model: y [..,d] -> W_1 g * sigmoid(W_2 g) with g = gelu(y), exact form."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(d_model, 2 * d_model)
+
+    def forward(self, y: Tensor) -> Tensor:
+        a, b = self.out_proj(F.gelu(y)).chunk(2, -1)
+        return a * torch.sigmoid(b)
 
 
 def fft_conv(u: Tensor, kernel: Tensor) -> Tensor:

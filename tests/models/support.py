@@ -9,6 +9,8 @@ from torch import Tensor
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
 from edgeseq.models.gpt2 import Gpt2Config
+from edgeseq.models.gss import GssConfig
+from edgeseq.models.liquid_s4 import LiquidS4Config
 from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.mixtral import MixtralConfig
@@ -17,6 +19,7 @@ from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
 from edgeseq.models.rwkv6 import Rwkv6Config
 from edgeseq.models.rwkv7 import Rwkv7Config
+from edgeseq.models.s4 import S4Config
 from edgeseq.models.s4 import S4Config
 from edgeseq.models.s4d import S4dConfig
 from edgeseq.models.source import load_weights
@@ -38,6 +41,9 @@ ODD = {
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
     "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
+    "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
+    "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
+    "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
     "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
     "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
     "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
@@ -69,7 +75,7 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = rng.uniform(-4.0, -1.0, shape)
         elif name.endswith("A_imag"):
             drawn = 20.0 * drawn
-        elif name.endswith((".C", ".P")):
+        elif name.endswith((".B", ".C", ".P")):
             drawn = 4.0 * drawn
         if name not in made:
             tensors[name] = drawn.astype(np.float32)
