@@ -62,9 +62,12 @@ def fresh_model(family: Family, seed: int) -> SequenceModel:
 
 
 def optimisers(model: SequenceModel, r: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW without decay for the rest (embedding, norms, biases, A, D, conv)."""
+    """Muon for the matrices of the layers and of blocks they share, AdamW without decay for the rest.
+
+    The rest: embedding, norms, biases, A, D, convolutions.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = {n: p for n, p in named if n.startswith("layers.") and n.endswith("_proj.weight")}
+    matrices = {n: p for n, p in named if n.startswith(("layers.", "shared.")) and n.endswith("_proj.weight")}
     rest = [p for n, p in named if n not in matrices]
     return [
         torch.optim.Muon(
@@ -95,18 +98,18 @@ def train(model: SequenceModel, text: np.ndarray, r: Recipe) -> float:
     """Run the recipe on a uint8 text; returns the seconds it took."""
     opts, rng, start = optimisers(model, r), np.random.default_rng(r.seed), time.monotonic()
     plans = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, r)) for opt in opts]
-    smooth = 0.0
+    smooth, device = 0.0, next(model.parameters()).device
     for step in range(r.steps):
         offsets = rng.integers(0, len(text) - r.context - 1, r.batch)
         window = torch.from_numpy(np.stack([text[o : o + r.context + 1] for o in offsets]).astype(np.int64))
-        loss = cross_entropy(model, window)
+        loss = cross_entropy(model, window.to(device))
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), r.clip)
         for opt, plan in zip(opts, plans, strict=True):
             opt.step()
             plan.step()
-        bits = loss.item() / math.log(2)
+        bits = loss.detach() / math.log(2)  # not .item(): that would wait for a GPU at every step
         smooth = bits if step == 0 else 0.98 * smooth + 0.02 * bits
         if step % 50 == 49:
             seconds = time.monotonic() - start
@@ -122,9 +125,11 @@ def bits_per_byte(model: SequenceModel, text: bytes, context: int) -> float:
     """
     data = np.frombuffer(b"\n" + text, np.uint8).astype(np.int64)
     count = (len(data) - 1) // context
+    device = next(model.parameters()).device
     windows = np.stack([data[i * context : (i + 1) * context + 1] for i in range(count)])
     total = sum(
-        cross_entropy(model, torch.from_numpy(w)).item() * len(w) for w in np.array_split(windows, -(-count // 16))
+        cross_entropy(model, torch.from_numpy(w).to(device)).item() * len(w)
+        for w in np.array_split(windows, -(-count // 16))
     )
     return total / count / math.log(2)
 
@@ -145,6 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ZOO_WEIGHTS)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="a torch device; the shipped weights may come from any")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(steps=args.steps)
@@ -153,10 +159,10 @@ def main() -> None:
     training, held = corpus.split(corpus.gloss_lines(args.data))
     random.Random(recipe.seed).shuffle(training)
     chosen = family(args.family)
-    model = fresh_model(chosen, recipe.seed)
+    model = fresh_model(chosen, recipe.seed).to(args.device)
     seconds = train(model, np.frombuffer(b"".join(training), np.uint8), recipe)
 
-    model.unparametrize()
+    model.cpu().unparametrize()
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
     weights = stored(model, chosen.derived(chosen.tiny))
