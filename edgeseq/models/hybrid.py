@@ -130,7 +130,8 @@ class Hybrid(SequenceModel):
         self.head = None if c.tie else nn.Parameter(torch.empty(c.vocab_size, c.d_model))
         self.register_buffer("frequency", empty_frequency(head_dim) if head_dim else None)
         self.counts = [len(layer.state_slots(1)) for layer in self.layers]
-        self.uses_position = any(isinstance(m, Attention) for m in self.modules())  # type: ignore[misc]
+        cached = any(slot.update in ("append", "ring") for layer in self.layers for slot in layer.state_slots(1))
+        self.uses_position = cached  # type: ignore[misc]
 
     def head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head
@@ -140,7 +141,8 @@ class Hybrid(SequenceModel):
         return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x, place = self.embedded(tokens), place_of(self.frequency, tokens.new_zeros(1), tokens.shape[1])
+        x = self.embedded(tokens)
+        place = place_of(self.frequency, tokens.new_zeros(1), x)
         for layer in self.layers:
             x = layer(x, place)
         return F.linear(ops.rms_norm_parallel(x, self.norm, self.config.eps), self.head_weight())
@@ -154,7 +156,7 @@ class Hybrid(SequenceModel):
 
     def advance(self, tokens: Tensor, position: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         x, new, at = self.embedded(tokens), [], 0
-        place = place_of(self.frequency, position, tokens.shape[1])
+        place = place_of(self.frequency, position, x)
         for layer, count in zip(self.layers, self.counts, strict=True):
             x, *present = layer.advance(x, place, *state[at : at + count])
             new += present

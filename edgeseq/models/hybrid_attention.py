@@ -28,11 +28,15 @@ Norm = Callable[[Tensor, Tensor | None, float], Tensor]
 
 
 class Place(NamedTuple):
-    """Where a chunk stands: position [B] int64 of its first token; cos, sin [B,T,e/2], None without rotation."""
+    """Where a chunk stands: position [B] int64 of its first token; cos, sin [B,T,e/2], None without rotation.
+
+    embedded [B,T,d] is what enters the first layer, for layers that read it again.
+    """
 
     position: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    embedded: Tensor
 
     def turn(self, x: Tensor, heads: int, rotate: Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]) -> Tensor:
         """x [B,T,heads*e] rotated by the angles of its tokens."""
@@ -171,11 +175,11 @@ def attention_tensors(c: AttentionConfig, theirs: str, turned: int | None = None
     return names
 
 
-def place_of(frequency: Tensor | None, position: Tensor, tokens: int) -> Place:
-    """The place of `tokens` tokens; frequency int64 [e/2], or None where nothing is rotated."""
+def place_of(frequency: Tensor | None, position: Tensor, embedded: Tensor) -> Place:
+    """The place of embedded tokens [B,T,d]; frequency int64 [e/2], or None where nothing is rotated."""
     if frequency is None:
-        return Place(position, None, None)
-    return Place(position, *rotary.angles(frequency, position, tokens))
+        return Place(position, None, None, embedded)
+    return Place(position, *rotary.angles(frequency, position, embedded.shape[1]), embedded)
 
 
 def empty_frequency(head_dim: int) -> Tensor:

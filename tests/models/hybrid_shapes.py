@@ -7,6 +7,7 @@ from edgeseq.models.falcon_h1 import FalconH1Config, Multipliers
 from edgeseq.models.hybrid_attention import AttentionConfig
 from edgeseq.models.mamba2 import SSDConfig
 from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.zamba2 import Zamba2Config
 
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
 HYBRIDS = {
@@ -18,5 +19,9 @@ HYBRIDS = {
     "falcon-h1-odd": FalconH1Config(
         53, 30, 2, AttentionConfig(30, 3, 3, 6), SSDConfig(30, 4, 9, 5, n_groups=2, norm="norm_first", out_bias=True),
         22, rope=RopeConfig(1e11), multipliers=Multipliers(embedding=1.7),
+    ),
+    "zamba2-odd": Zamba2Config(
+        53, 30, 4, (0, 2, 3), AttentionConfig(30, 3, 3, 20, scale=0.3, d_in=60),
+        SSDConfig(30, 4, 9, 5, n_groups=2, dt_min=0.02, proj_bias=True), 22, n_blocks=2, rank=3, linear_bias=True,
     ),
 }  # fmt: skip

@@ -41,9 +41,22 @@ CASES: dict[str, dict[str, Any]] = {
                              "num_attention_heads": 4, "num_key_value_heads": 4, "mamba_d_ssm": 40,
                              "mamba_n_heads": 4, "mamba_d_state": 5, "mamba_n_groups": 2, "mamba_chunk_size": 8,
                              "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_conv_bias": False},
+    "zamba2": {"vocab_size": 1009, "hidden_size": 36, "num_hidden_layers": 5, "num_attention_heads": 3,
+               "layers_block_type": ["hybrid", "mamba", "hybrid", "hybrid", "mamba"], "num_mem_blocks": 2,
+               "use_shared_attention_adapter": True, "adapter_rank": 5, "use_mem_rope": True, "intermediate_size": 31,
+               "n_mamba_heads": 6, "mamba_d_state": 7, "mamba_ngroups": 3, "mamba_d_conv": 3, "chunk_size": 16,
+               "time_step_min": 0.02},
+    "zamba2-plain": {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "layers_block_type": ["mamba", "hybrid"], "adapter_rank": 3,
+                     "n_mamba_heads": 4, "mamba_d_state": 5, "chunk_size": 8, "add_bias_linear": True,
+                     "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
 }
 # fmt: on
-CLASSES = {"bamba": ("BambaConfig", "BambaForCausalLM"), "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM")}
+CLASSES = {
+    "bamba": ("BambaConfig", "BambaForCausalLM"),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM"),
+    "zamba2": ("Zamba2Config", "Zamba2ForCausalLM"),
+}
 SEEDS: dict[str, int] = {"falcon_h1-norm-first": 2}  # under others these say one token for ever
 WIDE = ("embed_tokens.weight", "out_proj.weight", "o_proj.weight")
 
