@@ -15,13 +15,14 @@ from pathlib import Path
 
 from runtimes import C_DIR, sources
 
-from . import handmade
+from . import handmade, handmade_gpu
 
 WARNINGS = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
 HIDDEN = ["-fvisibility=hidden", "-pthread", f"-I{C_DIR / 'include'}"]
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 QEMU = shutil.which("qemu-aarch64-static")
 KERNELS = C_DIR / "tests" / "handmade_kernels.c"
+NO_KERNELS = C_DIR / "tests" / "handmade_table.c"
 
 
 def run(command: Sequence[str | Path], timeout: float = 300, env: dict[str, str] | None = None) -> str:
@@ -43,8 +44,8 @@ def compile_c(out: Path, files: Sequence[Path], flags: list[str], compiler: list
 SANITIZE = ["-g", "-O1", "-fno-sanitize-recover=all"]
 
 
-def plan_id() -> str:
-    return f"-DPLAN_ID=0x{handmade.parts().plan_id:08x}u"
+def plan_id(parts: handmade.Parts | None = None) -> str:
+    return f"-DPLAN_ID=0x{(parts or handmade.parts()).plan_id:08x}u"
 
 
 @cache
@@ -62,10 +63,18 @@ def core(flags: tuple[str, ...], compiler: tuple[str, ...] = ("gcc",)) -> list[P
     return objects
 
 
-def program(out: Path, main: Path, flags: list[str], *more: Path, compiler: list[str] | None = None) -> Path:
-    """A program: the runtime, `main` and `more` C files (KERNELS for the hand-made ones)."""
+def program(
+    out: Path,
+    main: Path,
+    flags: list[str],
+    *more: Path,
+    compiler: list[str] | None = None,
+    parts: handmade.Parts | None = None,
+) -> Path:
+    """A program: the runtime, `main` and `more` C files (KERNELS for the hand-made ones, NO_KERNELS for those of a GPU,
+    whose `parts` then give the plan's number)."""
     objects = core(tuple(f for f in flags if not f.startswith("-Wl,")), tuple(compiler or ["gcc"]))
-    return compile_c(out, [main, *more, *objects], [plan_id(), *flags], compiler)
+    return compile_c(out, [main, *more, *objects], [plan_id(parts), *flags, "-ldl"], compiler)
 
 
 def bundle(directory: Path) -> Path:
@@ -73,4 +82,14 @@ def bundle(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model.edgeseq").write_bytes(handmade.parts().build())
     program(directory / "libmodel.so", KERNELS, ["-O2", "-fPIC", "-shared"])
+    return directory
+
+
+def gpu_bundle(directory: Path, parts: handmade.Parts | None = None, flags: Sequence[str] = ("-O2",)) -> Path:
+    """The hand-made bundle for OpenCL, or other `parts` of it; its runtime has the OpenCL backend."""
+    parts = parts or handmade_gpu.parts()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "model.edgeseq").write_bytes(parts.build())
+    flags = [*flags, "-DES_WITH_OPENCL", "-fPIC", "-shared"]
+    program(directory / "libmodel.so", NO_KERNELS, flags, parts=parts)
     return directory

@@ -16,7 +16,8 @@ HEADER = C_DIR / "include" / "edgeseq.h"
 
 # libc and pthreads, and nothing that prints, exits, aborts or keeps state behind the caller's back.
 ALLOWED = {
-    "calloc", "free", "malloc", "qsort", "memcmp", "memcpy", "memset", "strcmp", "snprintf", "vsnprintf", "__errno_location",
+    "calloc", "free", "malloc", "qsort", "memcmp", "memcpy", "memset", "strcmp", "snprintf", "vsnprintf",
+    "__errno_location",
     "open", "close", "fstat", "mmap", "munmap", "sysconf", "clock_gettime", "getauxval",
     "sched_getaffinity", "sched_setaffinity", "sched_yield", "nanosleep", "__sched_cpucount", "__cpu_model",
     "pthread_attr_destroy", "pthread_attr_init", "pthread_attr_setstacksize", "pthread_cond_broadcast",
