@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from edgeseq.models.experts_op import expert_linear, expert_linear_parallel
 from exporters.rounding import BLOCK, dequantise
 
 
@@ -37,10 +38,10 @@ class CodedMatrix:
 
 
 class Coded(TorchFunctionMode):
-    """linear() and embedding() of placeholders see the matrices they stand for, one at a time.
+    """Products and lookups of placeholders see the matrices they stand for, one at a time.
 
     matrices: by the address of the placeholder, as tied parameters are several tensors over one memory.
-    round_inputs: linear() with such a matrix sees its input rounded to int8 by blocks of 32, as a device does.
+    round_inputs: a product with such a matrix sees its input rounded to int8 by blocks of 32, as a device does.
     """
 
     def __init__(self, matrices: Mapping[int, CodedMatrix], round_inputs: bool = False) -> None:
@@ -51,9 +52,23 @@ class Coded(TorchFunctionMode):
         if function is nn.functional.linear and args[1].data_ptr() in self.matrices:
             x = rounded_input(args[0]) if self.round_inputs else args[0]
             args = (x, self.matrices[args[1].data_ptr()].rows(), *args[2:])
+        elif function in (expert_linear, expert_linear_parallel) and args[2].data_ptr() in self.matrices:
+            return self._experts(function, *args)
         elif function is nn.functional.embedding and args[1].data_ptr() in self.matrices:
             return self.matrices[args[1].data_ptr()].rows(args[0])
         return function(*args, **(kwargs or {}))
+
+    def _experts(
+        self, function: Callable[..., Any], x: Tensor, index: Tensor, w: Tensor, count: int, *gates: Any
+    ) -> Any:
+        """The product with the experts that some token chose, renumbered; no other is dequantised."""
+        chosen = index.unique()
+        chosen = chosen[chosen >= 0] if bool((chosen >= 0).any()) else chosen.new_zeros(1)
+        rows = w.shape[0] // count
+        matrices = self.matrices[w.data_ptr()].rows(chosen[:, None] * rows + torch.arange(rows))
+        index = torch.where(index < 0, index, torch.searchsorted(chosen, index))
+        x = rounded_input(x) if self.round_inputs else x
+        return function(x, index, matrices.flatten(0, 1), len(chosen), *gates)
 
 
 def rounded_input(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from edgeseq.errors import ExportError
 from edgeseq.spec import DType
+from exporters.quantise import is_expert_matrix
 from exporters.tidy import weights
 from exporters.weights import FILE, Layout
 
@@ -29,6 +30,8 @@ def matrices(graph: ir.Graph) -> set[str]:
 
 
 def _is_matrix_use(use: ir.Usage) -> bool:
+    if is_expert_matrix(use):
+        return True
     if use.node.op_type == "Transpose":
         return all(u.node.op_type == "MatMul" and u.idx == 1 for u in use.node.outputs[0].uses())
     return use.node.op_type == "Gather" and use.idx == 0

@@ -2,21 +2,22 @@
 
     MatMul(x, Transpose(W))   ->  com.microsoft.MatMulNBits(x, W.codes, W.scales)
     Gather(W, tokens)         ->  com.microsoft.GatherBlockQuantized(W.rows, tokens, W.scales)
+    ExpertLinear(x, index, W) ->  ai.edgeseq.ExpertLinearNBits(x, index, W.codes, W.scales)
 
 W.codes and W.rows are two shapes of the same bytes, so a table that is looked up and multiplied with is stored once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgeseq.ops import all_ops
+from edgeseq.ops import DOMAIN, all_ops
 from exporters import contrib
 from exporters.rounding import BLOCK, blocks
-from exporters.tidy import weights
+from exporters.tidy import attach_functions, weights
 
 MIN_WIDTH = 64  # K below which a row is one block: nothing to gain
 MIN_SIZE = 4096  # elements below which scales and padding eat what is won
@@ -68,8 +69,9 @@ def quantise_graph(model: ir.Model, bits: int) -> dict[str, Quantised]:
         found[value.name or ""] = _replace(
             model.graph, value, Quantised(value.name or "", (m, k), 8 if finer else bits)
         )
-    if found:
+    if any(node.domain == contrib.DOMAIN for node in model.graph):
         model.opset_imports[contrib.DOMAIN] = 1
+    attach_functions(model)
     return found
 
 
@@ -84,7 +86,8 @@ def may_round(weight: ir.Value) -> bool:
             if use.idx != 0 or axis != 0 or shape[1] % BLOCK:  # a lookup has no way to leave out the padding
                 return False
             continue
-        products = _products(use.node) if use.node.op_type == "Transpose" else []
+        products = [use.node] if is_expert_matrix(use) else []
+        products = _products(use.node) if use.node.op_type == "Transpose" else products
         if not products or any(map(_sensitive, products)):
             return False
     return bool(weight.uses())
@@ -100,6 +103,11 @@ def _is_head(weight: ir.Value) -> bool:
     results = [p.outputs[0] for p in products]
     results += [use.node.outputs[0] for value in results for use in value.uses() if use.node.op_type == "Add"]
     return any(value.is_graph_output() for value in results)
+
+
+def is_expert_matrix(use: ir.Usage) -> bool:
+    """Whether a weight is read as the matrices of experts."""
+    return (use.node.domain, use.node.op_type, use.idx) == (DOMAIN, "ExpertLinear", 2)
 
 
 def _products(transpose: ir.Node) -> list[ir.Node]:
@@ -147,6 +155,11 @@ def _replace(graph: ir.Graph, weight: ir.Value, q: Quantised) -> Quantised:
             options = {"bits": q.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
             _swap(graph, use.node, "GatherBlockQuantized", inputs, options)
             continue
+        if is_expert_matrix(use):
+            x, index, _, *gates = use.node.inputs
+            experts = {"num_experts": use.node.attributes.get_int("num_experts", 1), "bits": q.bits}
+            _swap(graph, use.node, "ExpertLinearNBits", [x, index, codes, scales, *gates], experts, DOMAIN)
+            continue
         for product in _products(use.node):
             options = {"K": k, "N": m, "bits": q.bits, "block_size": BLOCK}
             _swap(graph, product, "MatMulNBits", [product.inputs[0], codes, scales], options)
@@ -162,9 +175,16 @@ def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[in
     return value
 
 
-def _swap(graph: ir.Graph, old: ir.Node, op: str, inputs: list[ir.Value | None], options: Mapping[str, int]) -> None:
-    """Put a contrib node in the place of `old`; its result keeps name, type and readers."""
-    new = ir.node(op, inputs, dict(options), domain=contrib.DOMAIN, name=old.name)
+def _swap(
+    graph: ir.Graph,
+    old: ir.Node,
+    op: str,
+    inputs: Sequence[ir.Value | None],
+    options: Mapping[str, int],
+    domain: str = contrib.DOMAIN,
+) -> None:
+    """Put another node in the place of `old`; its result keeps name, type and readers."""
+    new = ir.node(op, inputs, dict(options), domain=domain, name=old.name)
     was, now = old.outputs[0], new.outputs[0]
     now.name, now.type, now.shape = was.name, was.type, was.shape
     graph.insert_before(old, new)

@@ -46,7 +46,7 @@ def tidy(model: ir.Model, signature: StepSignature) -> None:
     _name_interface(model.graph, signature)
     _drop_unused_position(model.graph, signature)
     _name_values(model.graph)
-    _attach_functions(model)
+    attach_functions(model)
     _forget_metadata(model)
     model.graph.name = f"advance{signature.tokens}"
     model.ir_version = IR_VERSION
@@ -197,8 +197,9 @@ def _forget_metadata(model: ir.Model) -> None:
         thing.doc_string = None
 
 
-def _attach_functions(model: ir.Model) -> None:
-    """Every node of the domain gets the function that serves its signature; each function is written once."""
+def attach_functions(model: ir.Model) -> None:
+    """Every node of the domain gets the function that serves its signature; each is written once, others go."""
+    model.functions.clear()
     for node in _domain_nodes(model.graph):
         op = all_ops()[node.op_type]
         function = ir.from_proto(op.function_for(ir.to_proto(node)))

@@ -49,7 +49,7 @@ def test_the_ledger_counts_the_chosen_experts_by_hand(tmp_path: Path) -> None:
     """Two layers of eight experts, two chosen: a token reads two of them, a chunk of three at most six."""
     d, width, experts, chosen, layers, vocabulary = 32, 16, 8, 2, 2, 48
     config = MixtralConfig(vocabulary, d, layers, 2, 2, 16, width, tie=False, n_experts=experts, top_k=chosen)
-    plan = BundleFile(made(config, tmp_path, chunks=(3, 5), context=16) / "model.edgeseq").plan
+    plan = BundleFile(made(config, tmp_path, chunks=(3,), context=16) / "model.edgeseq").plan
     expert = 4 * 3 * width * d  # gate, up and down
     attention, router, norms = 4 * 4 * d * d, 4 * 16 * d, 4 * 2 * d  # the router's 8 rows are packed as 16
     outside = 4 * (vocabulary * d + d + d)  # head, last norm, one row of the embedding
@@ -60,3 +60,33 @@ def test_the_ledger_counts_the_chosen_experts_by_hand(tmp_path: Path) -> None:
     for graph in plan.graphs:
         moved = [launch_traffic(plan, graph, x)["weights"] for x in graph.launches if "expert_linear" in x.kernel]
         assert sum(moved) == layers * min(experts, chosen * graph.tokens) * expert
+
+
+WIDE = MixtralConfig(300, 80, 1, 2, 2, 40, 72, tie=False, n_experts=5, top_k=2, window=8)
+
+
+@pytest.mark.parametrize(("quant", "flavour"), [("int8", "onnx"), pytest.param("int4", "ort", marks=pytest.mark.slow)])
+def test_quantised_experts(quant: str, flavour: str, tmp_path: Path) -> None:
+    """Codes of five experts, of which a token reads two; 80 and 72 inputs are 3 blocks of 32, packed in pairs."""
+    bundle = made(WIDE, tmp_path, quant=quant, flavour=flavour)
+    assert_chain(bundle, export=tmp_path / "export", threads=2)
+    plan = BundleFile(bundle / "model.edgeseq").plan
+    pair = 16 * 64 * (2 if quant == "int8" else 1) // 2 + 64  # 16 rows of two blocks of codes, and their scales
+    expert = (-(-2 * 72 // 16) + 80 // 16) * 2 * pair
+    moved = [launch_traffic(plan, plan.step, x)["weights"] for x in plan.step.launches if "expert_linear_q" in x.kernel]
+    assert len(moved) == 2
+    assert sum(moved) == 2 * expert
+    assert any("q" in t.layout and "experts" in t.layout for t in plan.tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
+def test_quantised_experts_on_aarch64(tmp_path: Path) -> None:
+    assert_chain(made(WIDE, tmp_path, "qemu-aarch64", quant="int8"), device="qemu-aarch64")
+
+
+def test_half_precision_storage_of_experts(tmp_path: Path) -> None:
+    bundle = made(WIDE, tmp_path, dtype="fp16", chunks=())
+    assert_chain(bundle, export=tmp_path / "export", threads=2)
+    stored = {t.name: t.dtype for t in BundleFile(bundle / "model.edgeseq").plan.tensors}
+    assert stored["layers.0.moe.down_proj.weight"] == "float16"

@@ -10,17 +10,25 @@ from onnx import helper
 from edgeseq.ops import DOMAIN, ONNX_OPSET, VERSION, Op
 
 
-def model(op: Op, inputs: dict[str, np.ndarray], attributes: dict) -> onnx.ModelProto:
-    """The node with every optional input that `inputs` holds, the function that serves it, and static shapes."""
+def model(
+    op: Op, inputs: dict[str, np.ndarray], attributes: dict, outputs: dict[str, str] | None = None
+) -> onnx.ModelProto:
+    """The node with every optional input that `inputs` holds, the function that serves it, and static shapes.
+
+    outputs: axes by name, where they differ from those the operator declares.
+    """
+    axes = {p.name: p.shape for p in op.outputs} | (outputs or {})
     op.register()
     names = [p.name if p.name in inputs else "" for p in op.inputs]
     node = helper.make_node(op.name, names, [p.name for p in op.outputs], domain=DOMAIN, **attributes)
     function = op.function_for(node)
     node.overload = function.overload
-    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
+    values = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()
+    ]
     results = [
-        helper.make_tensor_value_info(p.name, onnx.TensorProto.FLOAT, p.shape.strip("[]").split(","))
-        for p in op.outputs
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape.strip("[]").split(","))
+        for name, shape in axes.items()
     ]
     proto = helper.make_model(
         helper.make_graph([node], "one_node", values, results),

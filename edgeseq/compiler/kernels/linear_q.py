@@ -11,6 +11,7 @@ multiple of 64 bytes: 576 or 1088.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..tvm_api import T
 from . import Built
@@ -64,7 +65,8 @@ def build(name: str, p: LinearQ) -> Built:
         tokens = 1 if p.T == 1 else -(-p.T // -(-p.T // p.tile[0]))
         acc = local(tokens * rows * LANES)
         for t0 in range(0, p.T, tokens):
-            _tile(k, p, acc, t0, min(tokens, p.T - t0), rows, n)
+            at_once = [t0 + t for t in range(min(tokens, p.T - t0))]
+            multiply_tile(k, p, acc, at_once, [k.block * rows + r for r in range(rows)], n)
             for t in range(min(tokens, p.T - t0)):
                 for r in range(rows):
                     group = k.block * rows + r
@@ -77,30 +79,33 @@ def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: int, t: int, group: Expr):  
     return lambda lanes: epilogue(k, p, acc, at, t, group * LANES, lanes)
 
 
-def _tile(k: Kernel, p: LinearQ, acc: Buffer, t0: int, tokens: int, rows: int, n: int) -> None:
-    """`tokens` x `rows` groups of 16: int32 within a block, float32 across blocks."""
-    pair_bytes = PAIR_BYTES[p.bits]
-    for i in range(tokens * rows):
+def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: list[Expr], n: int) -> None:
+    """acc[16 (t G + g) ...] = 16 rows of group g times row tokens[t]: int32 within a block, float32 across blocks.
+
+    k has q, scale, offset, w and ws; p has bits and isa; n is the number of blocks of a row, even.
+    """
+    pair_bytes, rows = PAIR_BYTES[p.bits], len(groups)
+    for i in range(len(tokens) * rows):
         store(acc, i * LANES, splat(0.0))
-    chains = 2 if tokens * rows == 1 else 1
-    ints = local(tokens * rows * chains * LANES, "int32")
+    chains = 2 if len(tokens) * rows == 1 else 1
+    ints = local(len(tokens) * rows * chains * LANES, "int32")
     with T.serial(n // 2) as pair:
         for half in range(2):
             b = pair * 2 + half
-            bases = [let(((k.block * rows + r) * (n // 2) + pair) * pair_bytes) for r in range(rows)]
-            for t in range(tokens):
+            bases = [let((group * (n // 2) + pair) * pair_bytes) for group in groups]
+            for t, token in enumerate(tokens):
                 for r in range(rows):
-                    first = T.broadcast(k["offset"][(t0 + t) * n + b], LANES)
+                    first = T.broadcast(k["offset"][token * n + b], LANES)
                     at = (t * rows + r) * chains * LANES
                     store(ints, at, first)
                     if chains == 2:
                         store(ints, at + LANES, T.broadcast(T.int32(0), LANES))
-            _products(k, p, ints, bases, half, b, t0, tokens, n, chains)
+            _products(k, p, ints, bases, half, b, tokens, n, chains)
             scales = [
                 let(T.Cast("float32x16", load(k["ws"], bases[r] // 2 + half * LANES))) for r in range(rows)
             ]  # fmt: skip
-            for t in range(tokens):
-                a = let(splat(k["scale"][(t0 + t) * n + b]))
+            for t, token in enumerate(tokens):
+                a = let(splat(k["scale"][token * n + b]))
                 for r in range(rows):
                     at = (t * rows + r) * LANES
                     total = load(ints, at * chains)
@@ -111,13 +116,12 @@ def _tile(k: Kernel, p: LinearQ, acc: Buffer, t0: int, tokens: int, rows: int, n
 
 def _products(
     k: Kernel,
-    p: LinearQ,
+    p: Any,
     ints: Buffer,
     bases: list[Expr],
     half: int,
     b: Expr,
-    t0: int,
-    tokens: int,
+    tokens: list[Expr],
     n: int,
     chains: int,
 ) -> None:
@@ -133,8 +137,8 @@ def _products(
             parts.append((j, raw))
         for group, weights in parts:
             named = [_register(w) for w in weights]
-            for t in range(tokens):
-                x = k["q"][((t0 + t) * n + b) * GROUPS_OF_4 + group]
+            for t, token in enumerate(tokens):
+                x = k["q"][(token * n + b) * GROUPS_OF_4 + group]
                 for r, w in enumerate(named):
                     at = ((t * len(bases) + r) * chains + (group % chains)) * LANES
                     _dot(p.isa, p.bits, ints, at, w, x)
