@@ -14,30 +14,42 @@ from .targets import Target
 FLAGS = ["-std=c99", "-O2", "-g0", "-fno-sanitize=all", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-def link(target: Target, kernels: Path, table: Path, out: Path) -> None:
-    """Write libmodel.so, libmodel.a, edgeseq.h and edgeseq-device into `out`. Raises CompileError with zig's words."""
-    include = ["-I", str(C_DIR / "include")]
+BACKENDS = {"cpu": [], "opencl": ["-DES_WITH_OPENCL"], "cuda": ["-DES_WITH_CUDA"]}
+
+
+def link(target: Target, kernels: Path | None, table: Path, out: Path) -> None:
+    """Write libmodel.so, libmodel.a, edgeseq.h and edgeseq-device into `out`. Raises CompileError with zig's words.
+
+    kernels: the object file of CPU kernels; None for a GPU, whose code lies in the bundle. Its driver is opened at run
+    time, so its edgeseq-device is linked dynamically."""
+    include = ["-I", str(C_DIR / "include"), *BACKENDS[target.backend]]
     sources = [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
     exports = out / "exports.map"
     exports.write_text("{ global: es_*; local: *; };\n")
-    common = [*FLAGS, *include, *sources, str(table), str(kernels)]
+    objects = [str(kernels)] if kernels else []
+    common = [*FLAGS, *include, *sources, str(table), *objects]
+    libraries = ["-lpthread", "-lm"] if kernels else ["-lpthread", "-ldl"]
     _zig("cc", "-target", target.shared, "-shared", "-fPIC", "-s", f"-Wl,--version-script={exports}",
-         "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, "-lpthread", "-lm")  # fmt: skip
+         "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, *libraries)  # fmt: skip
     exports.unlink()
     _archive(target, sources, include, kernels, table, out)
     tool = C_DIR / "tools" / "edgeseq_device.c"
-    _zig("cc", "-target", target.static, "-static", "-s", "-o", str(out / "edgeseq-device"), str(tool), *common)
+    program = ["-target", target.static, "-static"] if kernels else ["-target", target.shared]
+    tail = [] if kernels else libraries
+    _zig("cc", *program, "-s", "-o", str(out / "edgeseq-device"), str(tool), *common, *tail)
     (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
 
 
-def _archive(target: Target, sources: list[str], include: list[str], kernels: Path, table: Path, out: Path) -> None:
+def _archive(
+    target: Target, sources: list[str], include: list[str], kernels: Path | None, table: Path, out: Path
+) -> None:
     """libmodel.a, for apps that link statically."""
     objects = []
     for source in [*sources, str(table)]:
-        obj = kernels.parent / f"es_{Path(source).stem}.o"  # not kernels.o itself
+        obj = table.parent / f"es_{Path(source).stem}.o"  # not kernels.o itself
         _zig("cc", "-target", target.shared, "-c", "-fPIC", *FLAGS, *include, source, "-o", str(obj))
         objects.append(str(obj))
-    _zig("ar", "rcsD", str(out / "libmodel.a"), *objects, str(kernels))
+    _zig("ar", "rcsD", str(out / "libmodel.a"), *objects, *([str(kernels)] if kernels else []))
 
 
 def _zig(*arguments: str) -> None:
