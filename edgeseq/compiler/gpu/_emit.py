@@ -31,8 +31,13 @@ class Kernel:
 
 
 @contextmanager
-def kernel(name: str, params: Sequence[tuple[str, str, int]], grid: int, threads: int, gpu: Any) -> Iterator[Kernel]:
-    """Open a kernel of `grid` blocks of `threads`; params are (name, dtype, elements) in the order of the arguments."""
+def kernel(
+    name: str, params: Sequence[tuple[str, str, int]], grid: int, threads: int, gpu: Any, early: bool = False
+) -> Iterator[Kernel]:
+    """Open a kernel of `grid` blocks of `threads`; params are (name, dtype, elements) in the order of the arguments.
+
+    early: the body calls `await_inputs` itself, after it has asked for weights, which nothing before it writes.
+    """
     k = Kernel(threads, gpu.subgroup if gpu.backend == "cuda" and threads % WARP == 0 else 0)
     with IRBuilder() as builder:
         with T.prim_func():
@@ -43,8 +48,19 @@ def kernel(name: str, params: Sequence[tuple[str, str, int]], grid: int, threads
                 k.buffers[n] = T.decl_buffer((size,), d, data=handle)
             with T.launch_thread("blockIdx.x", grid) as block, T.launch_thread("threadIdx.x", threads) as thread:
                 k.block, k.thread = block, thread
+                if not early:
+                    await_inputs()
                 yield k
     k.func = builder.get()
+
+
+def await_inputs() -> None:
+    """The launch before this one is complete and its writes are seen.
+
+    On GPUs where a launch may begin while the one before it ends (CUDA 9.0), every kernel does this before it reads or
+    writes anything but weights; elsewhere it is nothing.
+    """
+    T.evaluate(T.call_extern("void", "es_await"))
 
 
 def local(elements: int, dtype: str = "float32") -> Buffer:
@@ -83,8 +99,13 @@ def zero(buffer: Buffer, elements: int, value: float = 0.0) -> None:
 
 
 def sync() -> None:
-    """All threads of the block have come here, and see each other's shared and global writes."""
+    """All threads of the block have come here, and see each other's writes to shared memory."""
     T.evaluate(T.call_intrin("void", "tirx.tvm_storage_sync", "shared"))
+
+
+def sync_memory() -> None:
+    """`sync`, and their accesses to global memory are in order too: read before, written behind it."""
+    T.evaluate(T.call_extern("void", "es_sync_memory"))
 
 
 @contextmanager
@@ -156,13 +177,13 @@ def reduce_within(k: Kernel, value: Expr, width: int, op: Callable[[Expr, Expr],
     store(scratch, k.thread, value)
     sync()
     half = width // 2
-    within = k.thread % width
+    within = k.thread % width if width < k.threads else k.thread
     while half:
         with when(within < half):
             store(scratch, k.thread, op(scratch[k.thread], scratch[k.thread + half]))
         sync()
         half //= 2
-    return let(scratch[k.thread - within])
+    return let(scratch[k.thread - within if width < k.threads else 0])
 
 
 def reduce_all(k: Kernel, value: Expr, op: Callable[[Expr, Expr], Expr], scratch: Buffer) -> Expr:

@@ -114,6 +114,7 @@ def to_device_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModu
         if tag not in bound:
             axis = tirx.IterVar((0, 1), tirx.Var(tag, "int32"), 1, tag)
             body = tirx.AttrStmt(axis, "thread_extent", tirx.const(1, "int32"), body)
+    body = _awaiting(body)
     made = tirx.PrimFunc(pointers, body)
     marks = {
         "global_symbol": name, "tirx.noalias": True, "target": lowered.attrs["target"], "calling_conv": 2,
@@ -122,3 +123,17 @@ def to_device_function(func: PrimFunc, name: str, lower_passes: Callable[[IRModu
     for key, value in marks.items():
         made = made.with_attr(key, value)
     return made
+
+
+def _awaiting(body: Any) -> Any:
+    """`await_inputs` as the first thing that every thread does."""
+    wait = tirx.Evaluate(tirx.call_extern("void", "es_await"))
+    outer = body
+    chain = []
+    while isinstance(outer, tirx.AttrStmt) and outer.attr_key == "thread_extent":
+        chain.append(outer)
+        outer = outer.body
+    inner = tirx.SeqStmt([wait, outer])
+    for attr in reversed(chain):
+        inner = tirx.AttrStmt(attr.node, attr.attr_key, attr.value, inner)
+    return inner

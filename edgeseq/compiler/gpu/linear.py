@@ -7,6 +7,7 @@ memory, and a thread keeps 4 x 4 sums in registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..kernels.linear import Linear
@@ -16,6 +17,7 @@ from ._emit import (
     Buffer,
     Expr,
     Kernel,
+    await_inputs,
     f32,
     kernel,
     let,
@@ -53,7 +55,7 @@ def build(name: str, p: Linear, gpu: Any) -> Built:
     params = [(a, *sizes[a]) for a in p.args]
     if p.T == 1:
         threads = gemv_threads(gpu, groups, p.K * ROWS * 4 // per_word)
-        with kernel(name, params, groups, threads, gpu) as k:
+        with kernel(name, params, groups, threads, gpu, early=True) as k:
             _gemv(k, p, per_word)
         return Built(k.func, groups, threads)
     grid = -(-p.M // TILE) * -(-p.T // TILE)
@@ -83,29 +85,57 @@ def _gemv(k: Kernel, p: Linear, per_word: int) -> None:
     first = k.thread // across
     base = let(k.block * (p.K * across) + k.thread % across)
 
-    def step(start: Expr, count: int) -> None:
-        raw = local(4 * count, "uint32")
+    def ask(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
             words(k["w"], base + (start + u * stride + first) * across, raw, 4 * u)
+
+    def use(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
             x = let(k["x"][start + u * stride + first])
             values = [v for w in range(4) for v in unpack(raw[4 * u + w], p.wdtype)]
             for r, v in enumerate(values):
                 store(acc, r, acc[r] + v * x)
 
-    full = p.K // stride
-    if full // UNROLL:
-        with T.serial(full // UNROLL) as i:
-            step(i * (UNROLL * stride), UNROLL)
-    if full % UNROLL:
-        step(full // UNROLL * UNROLL * stride, full % UNROLL)
-    if p.K % stride:
-        with when(first < p.K % stride):
-            step(full * stride, 1)
+    stream(k, p.K, stride, UNROLL, first, ask, use)
     total = reduce_rows(k, acc, each, across, shared(k.threads * each))
     row = k.block * ROWS + k.thread
     with when(k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)):
         epilogue(k, p, let(total(k.thread)), 0, row)
+
+
+def stream(
+    k: Kernel,
+    count: int,
+    stride: int,
+    unroll: int,
+    first: Expr,
+    ask: Callable[[Buffer, Expr, int], None],
+    use: Callable[[Buffer, Expr, int], None],
+) -> None:
+    """Elements first, first + stride, ... below `count`: `unroll` at a time are asked for together, then used.
+
+    The first of them are asked for before the launch before this one is complete: they are weights.
+    """
+    full, rest = divmod(count, stride)
+    raw = local(4 * unroll, "uint32")
+    begin = min(full, unroll)
+    ask(raw, 0, begin)
+    await_inputs()
+    use(raw, 0, begin)
+    batches, single = divmod(full - begin, unroll)
+    if batches:
+        with T.serial(batches) as i:
+            start = (i * unroll + begin) * stride
+            ask(raw, start, unroll)
+            use(raw, start, unroll)
+    if single:
+        start = (batches * unroll + begin) * stride
+        ask(raw, start, single)
+        use(raw, start, single)
+    if rest:
+        with when(first < rest):
+            ask(raw, full * stride, 1)
+            use(raw, full * stride, 1)
 
 
 def epilogue(k: Kernel, p: Any, y: Expr, t: Expr, row: Expr) -> None:

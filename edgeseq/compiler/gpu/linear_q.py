@@ -14,6 +14,7 @@ from ..kernels.linear_q import PAIR_BYTES, LinearQ
 from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
+    Buffer,
     Expr,
     Kernel,
     half,
@@ -29,9 +30,9 @@ from ._emit import (
     words,
     zero,
 )
-from .linear import GEMM_THREADS, ROWS, TILE, epilogue, finish_tile, gemv_threads
+from .linear import GEMM_THREADS, ROWS, TILE, epilogue, finish_tile, gemv_threads, stream
 
-UNROLL = 2
+UNROLL = 4
 
 
 def build(name: str, p: LinearQ, gpu: Any) -> Built:
@@ -41,7 +42,7 @@ def build(name: str, p: LinearQ, gpu: Any) -> Built:
         "q": ("int32", p.T * n * BLOCK // 4),
         "scale": ("float32", p.T * n),
         "offset": ("int32", p.T * n),
-        "w": ("int32x4", weight_words // 4) if p.T == 1 else ("int32", weight_words),
+        "w": ("uint32x4", weight_words // 4) if p.T == 1 else ("int32", weight_words),
         "ws": ("uint32x2", weight_words // 2) if p.T == 1 else ("uint32", weight_words),
         "bias": ("float32", p.M),
         "residual": ("float32", (p.T - 1) * p.ldr + p.M),
@@ -50,7 +51,7 @@ def build(name: str, p: LinearQ, gpu: Any) -> Built:
     params = [(a, *sizes[a]) for a in p.args]
     if p.T == 1:
         threads = gemv_threads(gpu, groups, weight_words * 4 // groups)
-        with kernel(name, params, groups, threads, gpu) as k:
+        with kernel(name, params, groups, threads, gpu, early=True) as k:
             _gemv(k, p, n)
         return Built(k.func, groups, threads)
     grid = -(-p.M // TILE) * -(-p.T // TILE)
@@ -83,13 +84,16 @@ def _gemv(k: Kernel, p: LinearQ, n: int) -> None:
     first = let(k.thread // team)
     base = let(k.block * (n // 2 * pair))
 
-    def step(start: Expr, count: int) -> None:
-        raw, scales = local(4 * count, "int32"), local(2 * count, "uint32")
+    scales = local(2 * UNROLL, "uint32")
+
+    def ask(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
             b = start + u * stride + first
             at = base + b // 2 * pair
             words(k["w"], at + 4 + b % 2 * team + line * 4 + quad, raw, 4 * u)
             words(k["ws"], at * 2 + b % 2 * 4 + quad, scales, 2 * u, 2)
+
+    def use(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
             b = start + u * stride + first
             a = let(k["scale"][b])
@@ -97,21 +101,13 @@ def _gemv(k: Kernel, p: LinearQ, n: int) -> None:
             x1 = let(k["q"][b * 8 + line + 4]) if p.bits == 4 else None
             init = let(tirx.Select(line == 0, k["offset"][b], T.int32(0)))
             for r in range(4):
-                w = raw[4 * u + r]
+                w = T.reinterpret("int32", raw[4 * u + r])
                 total = dp4a(_high(w), x1, dp4a(_low(w), x0, init)) if p.bits == 4 else dp4a(w, x0, init)
                 bits = scales[2 * u + r // 2]
                 s = half(bits & T.uint32(0xFFFF) if r % 2 == 0 else bits >> T.uint32(16))
                 store(acc, r, acc[r] + T.Cast("float32", total) * (s * a))
 
-    full = n // stride
-    if full // UNROLL:
-        with T.serial(full // UNROLL) as i:
-            step(i * (UNROLL * stride), UNROLL)
-    if full % UNROLL:
-        step(full // UNROLL * UNROLL * stride, full % UNROLL)
-    if n % stride:
-        with when(first < n % stride):
-            step(full * stride, 1)
+    stream(k, n, stride, UNROLL, first, ask, use)
     total = reduce_rows(k, acc, 4, 4, shared(k.threads * 4))
     row = k.block * ROWS + k.thread
     with when(k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)):

@@ -20,6 +20,7 @@ OPENCL = (
     "".join(f"#define {name}f {name}\n" for name in _LIBM)
     + """\
 #define nearbyintf rint
+#define es_sync_memory() barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
 inline float es_half(uint h)
 { /* exact for every finite number and infinity; a device that flushes denormals loses those below 2^-14 */
     uint rest = (h & 0x7fffu) << 13;
@@ -32,6 +33,7 @@ inline int es_dp4a(int a, int b, int c)
     return c + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
 }
 inline int es_rint(float x) { return convert_int_rte(x); }
+#define es_await()
 """
 )
 
@@ -54,7 +56,15 @@ static __device__ __forceinline__ float es_half(uint h)
     return f;
 }
 static __device__ __forceinline__ int es_dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
+static __device__ __forceinline__ void es_sync_memory() { __syncthreads(); }
 static __device__ __forceinline__ int es_rint(float x) { return __float2int_rn(x); }
+static __device__ __forceinline__ void es_await(void)
+{ /* let the next launch begin, then wait for the one before: each kernel does both, so order stays */
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 static __device__ __forceinline__ float es_shuffle(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 static __device__ __forceinline__ int es_shuffle(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 """
