@@ -17,7 +17,7 @@ from edgeseq.errors import CompileError
 
 MAGIC = b"ESIMAGES"
 CUBIN, PTX = 1, 2
-FLAGS = ("--std=c++17", "--restrict")
+FLAGS = ("--std=c++17",)
 HINT = "install NVIDIA's compiler library: pip install edgeseq[cuda]"
 
 

@@ -41,6 +41,9 @@ CUDA = """\
 typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
+#ifndef __CUDACC_RTC__
+#include <stdint.h>
+#else
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef short int16_t;
@@ -49,6 +52,7 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+#endif
 static __device__ __forceinline__ float es_half(uint h)
 {
     float f;
@@ -82,9 +86,12 @@ def program(funcs: list[PrimFunc], backend: str, target: TvmTarget) -> str:
 
 
 def _cuda(text: str) -> str:
-    """TVM's preamble includes headers that NVRTC alone does not have."""
+    """Without TVM's preamble, which includes headers that NVRTC alone does not have.
+
+    And without __restrict__: it would allow to read ahead of es_await, as from memory that nobody writes.
+    """
     start = text.index('extern "C" __global__')
-    return _without_declaration(text[start:])
+    return _without_declaration(text[start:]).replace(" __restrict__", "")
 
 
 def _opencl(text: str, name: str) -> str:
