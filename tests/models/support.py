@@ -8,18 +8,19 @@ from torch import Tensor
 
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
+from edgeseq.models.expert_choice import ExpertChoiceConfig
 from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.gss import GssConfig
 from edgeseq.models.liquid_s4 import LiquidS4Config
 from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.mixtral import MixtralConfig
+from edgeseq.models.mlstm import MLSTMConfig
 from edgeseq.models.retnet import RetNetConfig
 from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
 from edgeseq.models.rwkv6 import Rwkv6Config
 from edgeseq.models.rwkv7 import Rwkv7Config
-from edgeseq.models.s4 import S4Config
 from edgeseq.models.s4 import S4Config
 from edgeseq.models.s4d import S4dConfig
 from edgeseq.models.source import load_weights
@@ -34,16 +35,15 @@ ODD = {
     "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
     "mistral-odd": MistralConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, rope=LLAMA3, window=5),
+    "expert-choice-odd": ExpertChoiceConfig(61, 30, 2, 3, 3, 10, 21, n_experts=5, top_k=3, capacity=1.5),
     "mixtral-odd": MixtralConfig(59, 30, 2, 9, 3, 10, 21, rope=LLAMA3, n_experts=5, top_k=3),
     "mixtral-window": MixtralConfig(59, 30, 2, 9, 3, 10, 36, tie=False, n_experts=7, top_k=1, window=5),
+    "mlstm-odd": MLSTMConfig(53, 36, 2, 3, 5, 7, 28),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
     "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
     "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
-    "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
-    "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
-    "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
     "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
     "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
     "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
@@ -71,6 +71,8 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = -np.exp(0.5 + 3.0 * drawn)
         elif name.endswith(("time_decay", "decay_up.bias", "up.w.bias")):
             drawn = rng.uniform(-6.0, 2.0, shape)
+        elif name.endswith("threshold"):
+            drawn = rng.uniform(0.05, 0.4, shape)
         elif name.endswith("dt_bias"):
             drawn = rng.uniform(-9.0, 0.0, shape)
         elif name.endswith("log_dt"):
