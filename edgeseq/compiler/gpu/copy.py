@@ -1,4 +1,4 @@
-"""y = x, `n` elements."""
+"""y = x, `n` elements: a thread per element."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ THREADS = 128
 
 
 def build(name: str, p: Copy, gpu: Any) -> Built:
+    dtype = "uint8" if p.dtype == "bool" else "uint16" if p.dtype == "float16" else p.dtype
     grid = blocks_of(p.n, THREADS)
-    with kernel(name, [("x", p.dtype, p.n), ("y", p.dtype, p.n)], grid, THREADS, gpu) as k:
+    with kernel(name, [("x", dtype, p.n), ("y", dtype, p.n)], grid, THREADS, gpu) as k:
         elementwise(k, grid * THREADS, p.n, lambda i: store(k["y"], i, k["x"][i]))
     return Built(k.func, grid, THREADS)

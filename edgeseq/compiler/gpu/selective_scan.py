@@ -1,0 +1,159 @@
+"""Mamba's selective scan with its state in place (see kernels/selective_scan).
+
+A block has 32 channels, and `parts` threads share the states of a channel: state number i * parts + part, in registers
+over all tokens. Tokens go in tiles: step sizes once, then the recurrence, then the outputs, which the parts' sums meet
+in shared memory for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..kernels.selective_scan import LOG2_E, SelectiveScan
+from ..tvm_api import T, tirx
+from . import Built
+from ._emit import (
+    Buffer,
+    Expr,
+    Kernel,
+    blocks_of,
+    f32,
+    kernel,
+    let,
+    local,
+    loop,
+    shared,
+    silu,
+    softplus,
+    store,
+    sync,
+    when,
+)
+from ._quantise import BLOCK, blocks, output_params, write_block
+
+CHANNELS = 32
+MOST_STATES = 8  # of a thread, where there are threads enough
+TILE = 8
+
+
+def build(name: str, p: SelectiveScan, gpu: Any) -> Built:
+    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
+    floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
+    floats |= {"A": -(-p.D // 16) * 16 * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
+    sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
+    parts = 1
+    while parts < min(p.N, 4) or (p.N > parts * MOST_STATES and 2 * parts * CHANNELS <= gpu.threads):
+        parts *= 2
+    grid, threads = blocks_of(p.D, CHANNELS), parts * CHANNELS
+    with kernel(name, [(a, *sizes[a]) for a in p.args], grid, threads, gpu) as k:
+        _Scan(k, p, parts).run()
+    return Built(k.func, grid, threads)
+
+
+class _Scan:
+    """The states of one thread."""
+
+    def __init__(self, k: Kernel, p: SelectiveScan, parts: int) -> None:
+        self.k, self.p, self.parts = k, p, parts
+        self.each = blocks_of(p.N, parts)
+        self.lane = k.thread % CHANNELS if parts > 1 else k.thread
+        self.part = k.thread // CHANNELS if parts > 1 else 0
+        self.d = let(k.block * CHANNELS + self.lane)
+        self.exists: Expr | bool = True if p.D % CHANNELS == 0 else self.d < p.D
+        self.S, self.A = local(self.each), local(self.each)
+        self.tile = min(TILE, p.T)
+        self.sums = shared(self.tile * k.threads)
+        self.steps: tuple[Buffer, ...] = ()
+        if p.T > 1:
+            self.steps = (shared(self.tile * CHANNELS), shared(self.tile * CHANNELS))
+        self.scratch = shared(k.threads) if p.quant is not None else None
+
+    def _states(self) -> list[tuple[int, Expr, Expr | bool]]:
+        """(register, state, whether there is such a state)."""
+        whole = self.p.N // self.parts
+        found = [(i, i * self.parts + self.part) for i in range(self.each)]
+        return [(i, n, True if i < whole else self.part < self.p.N % self.parts) for i, n in found]
+
+    def run(self) -> None:
+        p, k = self.p, self.k
+        for i, n, inside in self._states():
+            if inside is not True:
+                store(self.S, i, f32(0.0))
+                store(self.A, i, f32(0.0))
+            with when(self.exists), when(inside):
+                store(self.S, i, k["past"][n * p.D + self.d])
+                store(self.A, i, k["A"][(self.d // 16 * p.N + n) * 16 + self.d % 16])
+        loop(p.T // self.tile, lambda i: self._tile(i * self.tile, self.tile))
+        if p.T % self.tile:
+            self._tile(p.T // self.tile * self.tile, p.T % self.tile)
+        for i, n, inside in self._states():
+            with when(self.exists), when(inside):
+                store(k["past"], n * p.D + self.d, self.S[i])
+
+    def _tile(self, t0: Expr, count: int) -> None:
+        p = self.p
+        if p.T > 1:
+            self._shared_out(count, lambda u, inside: self._prepare(t0, u, inside))
+            sync()
+        with when(self.exists):
+            loop(count, lambda u: self._token(t0, u))
+        sync()
+        self._shared_out(count, lambda u, inside: self._finish(t0, u, inside))
+        if p.T > count:
+            sync()
+
+    def _shared_out(self, count: int, body: Any) -> None:
+        """body(token of the tile, whether it exists) for this part's tokens."""
+        for first in range(0, count, self.parts):
+            left = count - first
+            body(first + self.part, True if left >= self.parts else self.part < left)
+
+    def _prepare(self, t0: Expr, u: Expr, inside: Expr | bool) -> None:
+        with when(self.exists), when(inside):
+            exponent, dtu = self._step_size(t0 + u)
+            store(self.steps[0], u * CHANNELS + self.lane, exponent)
+            store(self.steps[1], u * CHANNELS + self.lane, dtu)
+
+    def _step_size(self, t: Expr) -> tuple[Expr, Expr]:
+        """dt log2(e) and dt u."""
+        p, k = self.p, self.k
+        dt = k["dt"][t * p.lddt + self.d]
+        dt = let(dt + k["dt_bias"][self.d] if p.dt_bias else dt)
+        dt = let(softplus(dt)) if p.dt_softplus else dt
+        if p.dt_min > 0.0:
+            dt = let(tirx.Select(dt < f32(p.dt_min), f32(p.dt_min), dt))
+        if math.isfinite(p.dt_max):
+            dt = let(tirx.Select(dt > f32(p.dt_max), f32(p.dt_max), dt))
+        return let(dt * f32(LOG2_E)), let(dt * k["u"][t * p.ldu + self.d])
+
+    def _token(self, t0: Expr, u: Expr) -> None:
+        p, k = self.p, self.k
+        t, at = t0 + u, u * CHANNELS + self.lane
+        exponent, dtu = (let(s[at]) for s in self.steps) if p.T > 1 else self._step_size(t)
+        total = local(1)
+        store(total, 0, f32(0.0))
+        for i, n, inside in self._states():
+            with when(inside):
+                s = let(T.exp2(exponent * self.A[i]) * self.S[i] + dtu * k["B"][t * p.ldB + n])
+                store(self.S, i, s)
+                store(total, 0, total[0] + s * k["C"][t * p.ldC + n])
+        store(self.sums, (u * self.parts + self.part) * CHANNELS + self.lane, total[0])
+
+    def _finish(self, t0: Expr, u: Expr, inside: Expr | bool) -> None:
+        p, k, d = self.p, self.k, self.d
+        t, result = t0 + u, local(1)
+        store(result, 0, f32(0.0))
+        with when(self.exists), when(inside):
+            y = self.sums[u * self.parts * CHANNELS + self.lane]
+            for part in range(1, self.parts):
+                y = y + self.sums[(u * self.parts + part) * CHANNELS + self.lane]
+            if p.skip:
+                y = y + k["Dskip"][d] * k["u"][t * p.ldu + d]
+            if p.gate:
+                y = y * silu(let(k["z"][t * p.ldz + d]))
+            store(result, 0, y)
+            if p.quant is None:
+                store(k["y"], t * p.D + d, result[0])
+        if p.quant is not None:  # D is a multiple of 64: every channel exists
+            write_block(k, t * blocks(p.D) + d // BLOCK, result[0], p.quant, self.scratch, inside)
