@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
+from edgeseq.models import stack
 from edgeseq.models.base import Array, SequenceModel, StoredTensor, last_logits
 from edgeseq.models.hf import ConfigReader
 from edgeseq.models.hybrid_attention import Attention, Place, empty_frequency, place_of
@@ -174,6 +175,13 @@ class Hybrid(SequenceModel):
     def unparametrize(self) -> None:
         for mixer in self._decaying():
             remove_parametrizations(mixer, "A")
+
+
+def random_tensor(c: Any, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """As for any stack; A [N,D] of a Mamba mixer is -(1..N), as published."""
+    if name.endswith(".A") and len(shape) == 2:
+        return np.repeat(-np.arange(1, shape[0] + 1, dtype=np.float32)[:, None], shape[1], axis=1)
+    return stack.random_tensor(c, name, shape, rng)
 
 
 def attention_layers(n_layers: int, chosen: Any, where: str) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ class Place(NamedTuple):
 class AttentionConfig:
     """Shape of one attention mixer. d_in: width of its input where that is not d_model.
 
+    bias: of all four projections, of the last one unless out_bias says otherwise.
     scale: what scores are multiplied by, e^-1/2 if None. window: tokens each one sees, itself counted; 0: all.
     """
 
@@ -60,6 +61,7 @@ class AttentionConfig:
     scale: float | None = None
     window: int = 0
     d_in: int | None = None
+    out_bias: bool | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -70,6 +72,10 @@ class AttentionConfig:
     @property
     def factor(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
 
     @property
     def width(self) -> int:
@@ -85,7 +91,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c.width, c.n_heads * c.head_dim, bias=c.bias)
         self.k_proj = nn.Linear(c.width, c.n_kv_heads * c.head_dim, bias=c.bias)
         self.v_proj = nn.Linear(c.width, c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.has_out_bias)
 
     def project(self, h: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         """h [B,T,width] -> q [B,T,H*e], k and v [B,T,Hk*e] before rotation; `norm` is for those who norm heads."""
@@ -170,7 +176,7 @@ def attention_tensors(c: AttentionConfig, theirs: str, turned: int | None = None
         heads = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads}.get(name, 0)
         convert: Callable[[Array], Array] = reordered(heads, order) if heads and not kept else lambda x: x
         names[f"{name}.weight"] = StoredTensor(f"{theirs}{name}.weight", shape, convert)
-        if c.bias:
+        if c.has_out_bias if name == "o_proj" else c.bias:
             names[f"{name}.bias"] = StoredTensor(f"{theirs}{name}.bias", shape[:1], convert)
     return names
 

@@ -76,6 +76,19 @@ class MixerShape(Protocol):
     def conv_bias(self) -> bool: ...
 
 
+@dataclass(frozen=True)
+class MambaShape:
+    """A `MixerShape` by itself, for models whose layers are not all Mamba's."""
+
+    d_model: int
+    d_inner: int
+    d_state: int = 16
+    d_conv: int = 4
+    dt_rank: int = 48
+    proj_bias: bool = False
+    conv_bias: bool = True
+
+
 class MambaMixer(Mixer):
     """What a layer adds to the residual stream, given its normed input; parameters as above, A negative and N-major."""
 
