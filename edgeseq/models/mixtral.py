@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -77,7 +77,7 @@ class MixtralLayer(MistralLayer):
 class Mixtral(Transformer):
     """Forms as in `SequenceModel`."""
 
-    layer_type = MixtralLayer
+    layer_type: ClassVar[type[TransformerLayer]] = MixtralLayer
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
         rows = self.config.window or context

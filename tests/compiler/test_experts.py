@@ -29,9 +29,11 @@ def assert_chain(bundle: Path, **how: object) -> None:
     assert report.ok, report.failed
 
 
+SLOW = [("mixtral-window", "ort"), ("expert-choice-odd", "onnx"), ("expert-choice-odd", "ort")]
+
+
 @pytest.mark.parametrize(
-    ("name", "flavour"),
-    [("mixtral-odd", "onnx"), pytest.param("mixtral-window", "ort", marks=pytest.mark.slow)],
+    ("name", "flavour"), [("mixtral-odd", "onnx"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_every_stage_agrees(name: str, flavour: str, tmp_path: Path) -> None:
     bundle = made(CONFIGS[name], tmp_path, flavour=flavour)
@@ -40,7 +42,7 @@ def test_every_stage_agrees(name: str, flavour: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
-@pytest.mark.parametrize("name", ["mixtral-odd"])
+@pytest.mark.parametrize("name", ["mixtral-odd", "expert-choice-odd"])
 def test_aarch64_agrees(name: str, tmp_path: Path) -> None:
     assert_chain(made(CONFIGS[name], tmp_path, target="qemu-aarch64"), device="qemu-aarch64")
 
