@@ -88,6 +88,8 @@ static es_status es_i_cu_symbols_find(es_i_cu_device *device, es_error *why)
     }
     symbol = dlsym(device->api.library, "cuFuncGetParamInfo");
     memcpy(&device->api.function_param, &symbol, sizeof symbol);
+    symbol = dlsym(device->api.library, "cuLaunchKernelEx");
+    memcpy(&device->api.launch_early, &symbol, sizeof symbol);
     return ES_OK;
 }
 

@@ -40,9 +40,25 @@ void es_i_cu_outputs_give(const es_i_cu_stream *stream, uint32_t g, uint8_t *io)
             memcpy(io + plan->io[i].offset, stream->pinned + plan->io[i].offset, (size_t)plan->io[i].bytes);
 }
 
-static es_i_cu_result es_i_cu_launch(es_i_cu_stream *stream, const es_i_launch *launch)
+/* early: kernels wait themselves for the launch before theirs (docs/bundle-format.md), so it need not have ended. */
+static es_i_cu_result es_i_cu_launch(es_i_cu_stream *stream, const es_i_launch *launch, int early)
 {
     const es_i_cu_device *device = stream->device;
+    if (early && device->api.launch_early != NULL && device->major >= 9) {
+        es_i_cu_attribute attribute;
+        es_i_cu_config config;
+        memset(&attribute, 0, sizeof attribute);
+        memset(&config, 0, sizeof config);
+        attribute.id = ES_CU_PROGRAMMATIC;
+        attribute.value.on = 1;
+        memcpy(config.grid, launch->grid, sizeof config.grid);
+        memcpy(config.block, launch->block, sizeof config.block);
+        config.queue = stream->queue;
+        config.attributes = &attribute;
+        config.n_attributes = 1;
+        return device->api.launch_early(&config, device->functions[launch->kernel], stream->params + launch->first_arg,
+                                        NULL);
+    }
     return device->api.launch(device->functions[launch->kernel], launch->grid[0], launch->grid[1], launch->grid[2],
                               launch->block[0], launch->block[1], launch->block[2], 0, stream->queue,
                               stream->params + launch->first_arg, NULL);
@@ -69,7 +85,7 @@ static es_i_cu_result es_i_cu_enqueue(es_i_cu_stream *stream, uint32_t g, int mo
         const es_i_launch *launch = &device->plan->launches[graph->first_launch + i];
         if (!(modes & ES_CU_OUTPUTS) && (launch->flags & ES_LAUNCH_OUTPUTS_ONLY))
             continue;
-        result = es_i_cu_launch(stream, launch);
+        result = es_i_cu_launch(stream, launch, *begun);
         if (result == ES_CU_OK)
             *begun = 1;
     }
@@ -162,7 +178,7 @@ static es_i_cu_result es_i_cu_batch(es_i_cu_stream *stream, const es_i_graph *gr
         const es_i_launch *launch = &device->plan->launches[graph->first_launch + *next];
         if (!outputs && (launch->flags & ES_LAUNCH_OUTPUTS_ONLY))
             continue;
-        result = es_i_cu_launch(stream, launch);
+        result = es_i_cu_launch(stream, launch, 0);
         if (result != ES_CU_OK)
             break;
         *begun = 1;

@@ -70,11 +70,29 @@ enum { ES_CU_EVENT_DEFAULT = 0, ES_CU_EVENT_NO_TIMING = 2, ES_CU_CAPTURE_THREAD_
       (void *function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,            \
        unsigned int bz, unsigned int shared, void *queue, void **params, void **extra))
 
+/* CUlaunchAttribute and CUlaunchConfig. */
+enum { ES_CU_PROGRAMMATIC = 6 }; /* the launch may begin while the one before it ends: its kernel waits itself */
+typedef struct {
+    int id, pad;
+    union {
+        int on;
+        char bytes[64];
+    } value;
+} es_i_cu_attribute;
+typedef struct {
+    unsigned int grid[3], block[3], shared;
+    void *queue;
+    es_i_cu_attribute *attributes;
+    unsigned int n_attributes;
+} es_i_cu_config;
+
 #define ES_CU_FIELD(field, symbol, parameters) es_i_cu_result(*field) parameters;
 typedef struct {
     void *library;
     ES_CU_API(ES_CU_FIELD)
     es_i_cu_result (*function_param)(void *function, size_t index, size_t *offset, size_t *bytes); /* 12.4, or NULL */
+    es_i_cu_result (*launch_early)(const es_i_cu_config *config, void *function, void **params,
+                                   void **extra); /* cuLaunchKernelEx, 11.8, or NULL */
 } es_i_cu_api;
 
 /* Inputs or outputs of one graph that are copied together. */
