@@ -740,17 +740,37 @@ int cuEventDestroy_v2(void *event)
     END
 }
 
+typedef struct {
+    unsigned int grid[3], block[3], shared;
+    void *stream, *attributes;
+    unsigned int n;
+} config;
+
+static int launch(void *function, const unsigned int grid[3], const unsigned int block[3], unsigned int shared,
+                  void *stream, void **params, void **extra)
+{
+    op o = {.kind = KERNEL, .object = as(function, FUNCTION)};
+    unsigned int threads = block[0] * block[1] * block[2];
+    if (extra != NULL || shared != 0 || grid[0] * grid[1] * grid[2] == 0 || threads == 0 || threads > 1024)
+        return 1;
+    for (uint32_t i = 0; i < o.object->n_args; i++)
+        memcpy(&o.args[i], params[i], sizeof o.args[i]);
+    o.blocks = (int32_t)(grid[0] * grid[1] * grid[2]);
+    return put(stream, &o);
+}
+
+int cuLaunchKernelEx(const config *c, void *function, void **params, void **extra)
+{
+    BEGIN NEEDS_CONTEXT if (c->n != 1 || *(int *)c->attributes != 6 || ((int *)c->attributes)[2] != 1) misuse(
+        "an attribute that is not known");
+    result = launch(function, c->grid, c->block, c->shared, c->stream, params, extra);
+    END
+}
+
 int cuLaunchKernel(void *function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,
                    unsigned int bz, unsigned int shared, void *stream, void **params, void **extra)
 {
-    BEGIN NEEDS_CONTEXT op o = {.kind = KERNEL, .object = as(function, FUNCTION)};
-    if (extra != NULL || shared != 0 || gx == 0 || gy == 0 || gz == 0 || bx * by * bz == 0 || bx * by * bz > 1024) {
-        result = 1;
-        break;
-    }
-    for (uint32_t i = 0; i < o.object->n_args; i++)
-        memcpy(&o.args[i], params[i], sizeof o.args[i]);
-    o.blocks = (int32_t)(gx * gy * gz);
-    result = put(stream, &o);
+    BEGIN NEEDS_CONTEXT const unsigned int grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+    result = launch(function, grid, block, shared, stream, params, extra);
     END
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 enum { ES_CU_CUBIN = 1, ES_CU_PTX = 2 };
+enum { ES_CU_WAITS = 90 }; /* kernels compiled for less have no instruction to wait, whatever runs them */
 enum { ES_CU_ARCHIVE_HEADER = 16, ES_CU_RECORD = 24, ES_CU_ELF_HEADER = 64, ES_CU_SMS = 64 };
 
 static const char es_i_cu_magic[8] = {'E', 'S', 'I', 'M', 'A', 'G', 'E', 'S'};
@@ -122,8 +123,10 @@ static es_status es_i_cu_module_load(es_i_cu_device *device, const uint8_t *arch
         return status;
     es_i_cu_result result = ES_CU_NO_BINARY;
     for (int i = 0; i < 2 && (result == ES_CU_NO_BINARY || result == ES_CU_INVALID_IMAGE); i++)
-        if (chosen[i].bytes > 0)
+        if (chosen[i].bytes > 0) {
             result = es_i_cu_image_load(device, archive, &chosen[i], log, sizeof log);
+            device->early = chosen[i].sm >= ES_CU_WAITS;
+        }
     if (result == ES_CU_OK)
         return ES_OK;
     device->module = NULL;

@@ -44,7 +44,7 @@ void es_i_cu_outputs_give(const es_i_cu_stream *stream, uint32_t g, uint8_t *io)
 static es_i_cu_result es_i_cu_launch(es_i_cu_stream *stream, const es_i_launch *launch, int early)
 {
     const es_i_cu_device *device = stream->device;
-    if (early && device->api.launch_early != NULL && device->major >= 9) {
+    if (early && device->early && device->api.launch_early != NULL) {
         es_i_cu_attribute attribute;
         es_i_cu_config config;
         memset(&attribute, 0, sizeof attribute);
