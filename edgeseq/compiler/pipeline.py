@@ -35,6 +35,7 @@ from .codegen import KernelSet
 from .foreign.options import ImportOptions
 from .gpu.argmax import NEXT, pick_next
 from .gpu.codegen import GpuKernelSet
+from .gpu.merge import merge
 from .graph import Graph, Weight, load_graph
 from .ir import Arg, Call, Storage
 from .link import link
@@ -117,6 +118,7 @@ def _compile(
         calls = lowering.run()
         if chosen.gpu:
             pick_next(lowering)
+            merge(calls)
         mark_outputs_only(calls)
         lowered.append((graph_file, calls, plan_arena(calls)))
     kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)

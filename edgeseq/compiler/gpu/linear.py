@@ -8,6 +8,7 @@ memory, and a thread keeps 4 x 4 sums in registers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..kernels.linear import Linear
@@ -35,6 +36,32 @@ from ._emit import (
     zero,
 )
 
+
+@dataclass(frozen=True)
+class FusedLinear(Linear):
+    """A product of one token with what stands before and behind it.
+
+    norm:  x is divided by its root mean square first (see kernels/rms_norm), norm_weight: and multiplied by a weight.
+    conv:  rows conv_at .. conv_at + conv_C - 1 of y pass through a causal convolution of `conv` taps with its state
+           (see kernels/causal_conv) into yc; 0 is none.
+    """
+
+    norm: bool = False
+    norm_weight: bool = False
+    eps: float = 0.0
+    conv: int = 0
+    conv_at: int = 0
+    conv_C: int = 0
+    conv_bias: bool = False
+    conv_silu: bool = False
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        switches = (("bias", self.bias), ("residual", self.residual), ("norm_w", self.norm_weight))
+        conv = ("conv_w", *(("conv_b",) if self.conv_bias else ()), "past", "yc") if self.conv else ()
+        return ("x", "w", *(a for a, on in switches if on), *conv, "y")
+
+
 ROWS = 16
 UNROLL = 4
 TILE = 64
@@ -52,6 +79,10 @@ def build(name: str, p: Linear, gpu: Any) -> Built:
         "residual": ("float32", (p.T - 1) * p.ldr + p.M),
         "y": ("float32", p.T * p.M),
     }
+    if isinstance(p, FusedLinear):
+        floats = {"norm_w": p.K, "conv_w": p.conv * p.conv_C, "conv_b": p.conv_C, "yc": p.conv_C}
+        floats["past"] = max(1, p.conv - 1) * p.conv_C
+        sizes |= {a: ("float32", n) for a, n in floats.items()}
     params = [(a, *sizes[a]) for a in p.args]
     if p.T == 1:
         threads = gemv_threads(gpu, groups, p.K * ROWS * 4 // per_word)
@@ -77,13 +108,18 @@ def gemv_threads(gpu: Any, groups: int, group_bytes: int) -> int:
 
 
 def _gemv(k: Kernel, p: Linear, per_word: int) -> None:
-    each = 4 * per_word  # rows of a 16-byte word quartet
-    across = ROWS // each
+    fused = p if isinstance(p, FusedLinear) else FusedLinear(**asdict(p))
+    rows = 4 * per_word  # of a 16-byte word quartet
+    each = rows + (1 if fused.norm else 0)  # the sum of squares beside them
+    across = ROWS // rows
     stride = k.threads // across  # k advanced by the block at a time
     acc = local(each)
     zero(acc, each)
     first = k.thread // across
     base = let(k.block * (p.K * across) + k.thread % across)
+    row = k.block * ROWS + k.thread
+    mine = k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)
+    conv = _Conv(k, fused, row, mine) if fused.conv else None
 
     def ask(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
@@ -91,16 +127,54 @@ def _gemv(k: Kernel, p: Linear, per_word: int) -> None:
 
     def use(raw: Buffer, start: Expr, count: int) -> None:
         for u in range(count):
-            x = let(k["x"][start + u * stride + first])
+            at = start + u * stride + first
+            x = let(k["x"][at])
+            if fused.norm:
+                store(acc, rows, acc[rows] + x * x)
+            if fused.norm_weight:
+                x = let(x * k["norm_w"][at])
             values = [v for w in range(4) for v in unpack(raw[4 * u + w], p.wdtype)]
             for r, v in enumerate(values):
                 store(acc, r, acc[r] + v * x)
 
     stream(k, p.K, stride, UNROLL, first, ask, use)
     total = reduce_rows(k, acc, each, across, shared(k.threads * each))
-    row = k.block * ROWS + k.thread
-    with when(k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)):
-        epilogue(k, p, let(total(k.thread)), 0, row)
+    with when(mine):
+        y = let(total(k.thread // rows * each + k.thread % rows))
+        if fused.norm:
+            squares = total(rows)
+            y = let(y / T.sqrt(squares * f32(1.0 / p.K) + f32(fused.eps)))
+        epilogue(k, p, y, 0, row)
+        if conv:
+            conv.write(y)
+
+
+class _Conv:
+    """The convolution of the row that this thread writes; taps and state are asked for ahead of everything else."""
+
+    def __init__(self, k: Kernel, p: FusedLinear, row: Expr, mine: Expr) -> None:
+        self.k, self.p = k, p
+        self.channel = let(row - p.conv_at)
+        self.inside = T.And(self.channel >= 0, self.channel < p.conv_C)
+        self.taps, self.window = local(p.conv), local(max(1, p.conv - 1))
+        with when(T.And(mine, self.inside)):
+            for j in range(p.conv):
+                store(self.taps, j, k["conv_w"][j * p.conv_C + self.channel])
+            for j in range(p.conv - 1):
+                store(self.window, j, k["past"][j * p.conv_C + self.channel])
+
+    def write(self, x: Expr) -> None:
+        p, k = self.p, self.k
+        with when(self.inside):
+            y = self.taps[p.conv - 1] * x
+            for j in range(p.conv - 1):
+                y = y + self.taps[j] * self.window[j]
+            y = let(y + k["conv_b"][self.channel] if p.conv_bias else y)
+            store(k["yc"], self.channel, silu(y) if p.conv_silu else y)
+            for j in range(p.conv - 2):
+                store(k["past"], j * p.conv_C + self.channel, self.window[j + 1])
+            if p.conv > 1:
+                store(k["past"], (p.conv - 2) * p.conv_C + self.channel, x)
 
 
 def stream(

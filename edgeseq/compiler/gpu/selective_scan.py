@@ -8,6 +8,7 @@ in shared memory for.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.selective_scan import LOG2_E, SelectiveScan
@@ -17,6 +18,7 @@ from ._emit import (
     Buffer,
     Expr,
     Kernel,
+    await_inputs,
     blocks_of,
     f32,
     kernel,
@@ -28,9 +30,24 @@ from ._emit import (
     softplus,
     store,
     sync,
+    unpack,
     when,
 )
 from ._quantise import BLOCK, blocks, output_params, write_block
+
+
+@dataclass(frozen=True)
+class FusedScan(SelectiveScan):
+    """A step whose step sizes are a product of its own: dt = W r, W[D,dt_rank] packed `rows16`, r [dt_rank]."""
+
+    dt_rank: int = 0
+    dt_wdtype: str = "float32"
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        own = super().args
+        return (own[0], "dt_r", "dt_w", *own[2:])
+
 
 CHANNELS = 32
 MOST_STATES = 8  # of a thread, where there are threads enough
@@ -42,11 +59,15 @@ def build(name: str, p: SelectiveScan, gpu: Any) -> Built:
     floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
     floats |= {"A": -(-p.D // 16) * 16 * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
+    if isinstance(p, FusedScan):
+        sizes["dt_r"] = ("float32", p.dt_rank)
+        storage = "float32" if p.dt_wdtype == "float32" else "uint16"
+        sizes["dt_w"] = (storage, -(-p.D // 16) * 16 * p.dt_rank)
     parts = 1
     while parts < min(p.N, 4) or (p.N > parts * MOST_STATES and 2 * parts * CHANNELS <= gpu.threads):
         parts *= 2
     grid, threads = blocks_of(p.D, CHANNELS), parts * CHANNELS
-    with kernel(name, [(a, *sizes[a]) for a in p.args], grid, threads, gpu) as k:
+    with kernel(name, [(a, *sizes[a]) for a in p.args], grid, threads, gpu, early=True) as k:
         _Scan(k, p, parts).run()
     return Built(k.func, grid, threads)
 
@@ -84,6 +105,10 @@ class _Scan:
             with when(self.exists), when(inside):
                 store(self.S, i, k["past"][n * p.D + self.d])
                 store(self.A, i, k["A"][(self.d // 16 * p.N + n) * 16 + self.d % 16])
+        if isinstance(p, FusedScan):
+            self._project(p)
+        else:
+            await_inputs()
         loop(p.T // self.tile, lambda i: self._tile(i * self.tile, self.tile))
         if p.T % self.tile:
             self._tile(p.T // self.tile * self.tile, p.T % self.tile)
@@ -115,10 +140,38 @@ class _Scan:
             store(self.steps[0], u * CHANNELS + self.lane, exponent)
             store(self.steps[1], u * CHANNELS + self.lane, dtu)
 
+    def _project(self, p: FusedScan) -> None:
+        """self.dt: the channel's step size before bias and softplus; the parts share out its sum."""
+        k, n = self.k, blocks_of(p.dt_rank, self.parts)
+        weights, total = local(n), local(1)
+        sums = shared(k.threads)
+
+        def each(body: Any) -> None:
+            for i in range(n):
+                r = i * self.parts + self.part
+                inside = True if (i + 1) * self.parts <= p.dt_rank else r < p.dt_rank
+                with when(self.exists), when(inside):
+                    body(i, r)
+
+        def ask(i: int, r: Expr) -> None:
+            raw = k["dt_w"][(self.d // 16 * p.dt_rank + r) * 16 + self.d % 16]
+            store(weights, i, raw if p.dt_wdtype == "float32" else unpack(T.Cast("uint32", raw), p.dt_wdtype)[0])
+
+        each(ask)
+        await_inputs()
+        store(total, 0, f32(0.0))
+        each(lambda i, r: store(total, 0, total[0] + weights[i] * k["dt_r"][r]))
+        store(sums, k.thread, total[0])
+        sync()
+        dt = sums[self.lane]
+        for part in range(1, self.parts):
+            dt = dt + sums[part * CHANNELS + self.lane]
+        self.dt = let(dt)
+
     def _step_size(self, t: Expr) -> tuple[Expr, Expr]:
         """dt log2(e) and dt u."""
         p, k = self.p, self.k
-        dt = k["dt"][t * p.lddt + self.d]
+        dt = self.dt if isinstance(p, FusedScan) else k["dt"][t * p.lddt + self.d]
         dt = let(dt + k["dt_bias"][self.d] if p.dt_bias else dt)
         dt = let(softplus(dt)) if p.dt_softplus else dt
         if p.dt_min > 0.0:
