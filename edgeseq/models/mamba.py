@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -156,12 +156,13 @@ class Mamba(SequenceModel):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`."""
 
     uses_position = False
+    layer_type: ClassVar[type[MambaLayer]] = MambaLayer
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(self.layer_type(config) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.head = None if config.tie else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
-from edgeseq.models.expert_choice import ExpertChoiceConfig
 from edgeseq.models.bigbird import BigBirdConfig
 from edgeseq.models.expert_choice import ExpertChoiceConfig
+from edgeseq.models.falcon_mamba import FalconMambaConfig
 from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.gss import GssConfig
 from edgeseq.models.liquid_s4 import LiquidS4Config
@@ -38,9 +38,9 @@ ODD = {
     "bigbird-odd": BigBirdConfig(59, 30, 2, 6, 2, 10, 36, block=2, n_global=2, n_window=2, n_random=2, seed=5),
     "longformer-odd": LongformerConfig(59, 30, 2, 9, 3, 10, 36, rope=LLAMA3, n_global=3, windows=(5, 7)),
     "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
+    "falcon-mamba-odd": FalconMambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, tie=False, mixer_eps=1e-3),
     "mamba-odd": MambaConfig(61, 24, 2, 44, d_state=5, d_conv=3, dt_rank=3, proj_bias=True, conv_bias=False, tie=False),
     "mistral-odd": MistralConfig(59, 30, 2, 9, 3, 10, 36, attention_bias=True, rope=LLAMA3, window=5),
-    "expert-choice-odd": ExpertChoiceConfig(61, 30, 2, 3, 3, 10, 21, n_experts=5, top_k=3, capacity=1.5),
     "expert-choice-odd": ExpertChoiceConfig(61, 30, 2, 3, 3, 10, 21, n_experts=5, top_k=3, capacity=1.5),
     "mixtral-odd": MixtralConfig(59, 30, 2, 9, 3, 10, 21, rope=LLAMA3, n_experts=5, top_k=3),
     "mixtral-window": MixtralConfig(59, 30, 2, 9, 3, 10, 36, tie=False, n_experts=7, top_k=1, window=5),
@@ -76,8 +76,6 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
         elif name.endswith(".A"):
             drawn = -np.exp(0.5 + 3.0 * drawn)
         elif name.endswith(("time_decay", "decay_up.bias", "up.w.bias")):
-        elif name.endswith("threshold"):
-            drawn = rng.uniform(0.05, 0.4, shape)
             drawn = rng.uniform(-6.0, 2.0, shape)
         elif name.endswith("threshold"):
             drawn = rng.uniform(0.05, 0.4, shape)
