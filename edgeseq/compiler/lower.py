@@ -14,6 +14,8 @@ from .tvm_api import IRModule, PrimFunc, TvmTarget, get_global_func, module_pass
 
 def _passes(target: TvmTarget) -> list:
     s, t = s_tir.transform, tirx.transform
+    # threads of a GPU pass each other: shared memory that one has read for the last time, another is about to read
+    reuse = [t.StorageRewrite()] if str(target.kind) == "llvm" else []
     return [
         t.BindTarget(target),
         s.CanonicalizeLoop(),
@@ -28,7 +30,7 @@ def _passes(target: TvmTarget) -> list:
         t.NarrowDataType(32),
         s.LoopPartition(),
         t.VectorizeLoop(True),
-        t.StorageRewrite(),
+        *reuse,
         t.UnrollLoop(),
         t.StmtSimplify(),
         t.RemoveNoOp(),
