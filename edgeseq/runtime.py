@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseq import runtime_abi as abi
-from edgeseq.bundle.format import DTYPES, MODEL_FILE, ROLES, UPDATES
+from edgeseq.bundle.format import BACKENDS, DTYPES, MODEL_FILE, ROLES, UPDATES
 from edgeseq.errors import BundleError, EdgeseqError, RuntimeFailure, UsageError
 from edgeseq.runtime_types import GREEDY, Graph, ModelInfo, Sampling, Tensor
 
@@ -33,6 +33,7 @@ _HINTS = {
     abi.CLASS_LIBRARY: "compile the bundle again for this machine",
     abi.CLASS_STATE: "use a state that this model saved",
     abi.CLASS_CONTEXT: "reset the session, or export the model with a larger --context",
+    abi.CLASS_DEVICE: "see GPUs in docs/runtime.md; compiled for the CPU, the same model runs without one",
 }
 
 
@@ -193,6 +194,7 @@ class Model:
         raw, need = abi.ModelInfo(), c_size_t()
         self._ask(self._lib.es_model_get_info(self._handle, byref(raw)))
         self._ask(self._lib.es_session_need(self._handle, byref(need)))
+        device = self._read_device()
         return ModelInfo(
             model_id=bytes(raw.model_id).hex(), vocab_size=raw.vocab, context=raw.context,
             takes_tokens=bool(raw.takes_tokens), tokenizer="bytes" if raw.tokenizer else "none",
@@ -201,7 +203,15 @@ class Model:
             graphs=tuple(self._graph(i) for i in range(raw.n_graphs)),
             slots=tuple(self._tensor(self._lib.es_model_slot, i) for i in range(raw.n_slots)),
             io=tuple(self._tensor(self._lib.es_model_io, i) for i in range(raw.n_io)),
+            backend=BACKENDS[device.backend], device=device.text.decode(errors="replace"),
+            device_session_bytes=device.session_bytes,
         )  # fmt: skip
+
+    def _read_device(self) -> abi.DeviceInfo:
+        raw = abi.DeviceInfo()
+        if hasattr(self._lib, "es_model_device"):  # a library compiled before there was one is for the CPU
+            self._ask(self._lib.es_model_device(self._handle, byref(raw)))
+        return raw
 
     def _graph(self, index: int) -> Graph:
         raw = abi.GraphInfo()

@@ -15,6 +15,7 @@ OK = 0
 CLASS_ARGUMENT, CLASS_SYSTEM, CLASS_MEMORY, CLASS_FORMAT, CLASS_LIBRARY, CLASS_STATE, CLASS_CONTEXT, CLASS_BUSY = (
     1, 2, 3, 4, 5, 6, 7, 8,
 )  # fmt: skip
+CLASS_DEVICE = 9
 POISON = 1
 SPIN_DEFAULT = 20000
 
@@ -43,6 +44,13 @@ class ModelInfo(_Sized):
         ("n_slots", c_uint32), ("n_io", c_uint32), ("n_threads", c_uint32), ("tokenizer", c_uint32),
         ("takes_tokens", c_uint32), ("abi_version", c_uint32), ("model_id", c_uint8 * 16), ("file_bytes", c_uint64),
         ("weight_bytes", c_uint64), ("state_bytes", c_uint64), ("io_bytes", c_uint64), ("arena_bytes", c_uint64),
+    ]  # fmt: skip
+
+
+class DeviceInfo(_Sized):
+    _fields_ = [
+        ("struct_size", c_uint32), ("backend", c_uint32), ("weight_bytes", c_uint64), ("session_bytes", c_uint64),
+        ("text", c_char * 256),
     ]  # fmt: skip
 
 
@@ -81,6 +89,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "es_model_close": (c_int32, [POINTER(_P)]),
     "es_pin_caller": (c_int32, [_P]),
     "es_model_get_info": (c_int32, [_P, POINTER(ModelInfo)]),
+    "es_model_device": (c_int32, [_P, POINTER(DeviceInfo)]),
     "es_model_graph": (c_int32, [_P, c_uint32, POINTER(GraphInfo)]),
     "es_model_io": (c_int32, [_P, c_uint32, POINTER(TensorInfo)]),
     "es_model_slot": (c_int32, [_P, c_uint32, POINTER(TensorInfo)]),
@@ -114,11 +123,17 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+_ADDED = {"es_model_device"}
+"""Functions that older libraries of this ABI version lack."""
+
+
 def open_library(path: Path) -> CDLL:
     """Load a library and type its functions. OSError when it is not one for this machine; AttributeError when a
-    function is missing."""
+    function is missing that always was there."""
     library = CDLL(str(path))
     for name, (result, arguments) in _PROTOTYPES.items():
+        if name in _ADDED and not hasattr(library, name):
+            continue
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments

@@ -36,7 +36,10 @@ class Graph:
 @dataclass(frozen=True)
 class ModelInfo:
     """Facts of an open model. All sizes in bytes; `context` 0 means unbounded; `session_bytes` is what one stream
-    takes, whatever its length."""
+    takes of the host's memory, whatever its length.
+
+    backend: what runs the kernels; device: vendor, device and driver in a line; device_session_bytes: memory of one
+    stream on a GPU, 0 on the CPU."""
 
     model_id: str
     vocab_size: int
@@ -53,6 +56,9 @@ class ModelInfo:
     graphs: tuple[Graph, ...]
     slots: tuple[Tensor, ...]
     io: tuple[Tensor, ...]
+    backend: str = "cpu"
+    device: str = ""
+    device_session_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import shutil
 import subprocess
@@ -93,3 +94,16 @@ def gpu_bundle(directory: Path, parts: handmade.Parts | None = None, flags: Sequ
     flags = [*flags, "-DES_WITH_OPENCL", "-fPIC", "-shared"]
     program(directory / "libmodel.so", NO_KERNELS, flags, parts=parts)
     return directory
+
+
+@cache
+def opencl_missing() -> str:
+    """Why nothing can run on OpenCL here; empty when it can."""
+    try:
+        library = ctypes.CDLL("libOpenCL.so.1")
+    except OSError:
+        return "no OpenCL driver: apt-get install pocl-opencl-icd ocl-icd-libopencl1"
+    platforms, n = (ctypes.c_void_p * 16)(), ctypes.c_uint32()
+    if library.clGetPlatformIDs(16, platforms, ctypes.byref(n)) or not n.value:
+        return "the OpenCL loader knows no driver: apt-get install pocl-opencl-icd"
+    return ""

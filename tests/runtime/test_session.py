@@ -187,16 +187,26 @@ def test_info_says_what_the_file_says(model: Model) -> None:
     info = model.info
     assert (info.vocab_size, info.context, info.tokenizer) == (handmade.V, handmade.N, "bytes")
     assert info.model_id == bytes(range(16)).hex()
-    assert [g.tokens for g in info.graphs] == [1, 4, 8] and [g.n_launches for g in info.graphs] == [3, 3, 3]
+    gpu = info.backend == "opencl"
+    assert [g.tokens for g in info.graphs] == [1, 4, 8]
+    assert [g.n_launches for g in info.graphs] == [4 if gpu else 3] * 3
     assert [(s.name, s.dtype, s.shape, s.update, s.axis) for s in info.slots] == [
         ("s", "float32", (1, 16), "overwrite", None),
         ("h", "float32", (1, 64, 16), "append", 1),
         ("m", "int32", (1,), "overwrite", None),
     ]
     assert [(t.name, t.role, t.is_output) for t in info.io if t.graph == 2] == [
-        ("tokens", "tokens", False), ("position", "position", False), ("logits", "logits", True)
+        ("tokens", "tokens", False), ("position", "position", False), ("logits", "logits", True),
+        *([("next", "next", True)] if gpu else []),
     ]  # fmt: skip
-    assert info.weight_bytes == 2 * 32 * 16 * 4 and info.session_bytes > info.state_bytes + info.io_bytes
+    assert info.weight_bytes == 2 * 32 * 16 * 4
+    blocks = info.state_bytes + info.io_bytes + info.arena_bytes
+    if gpu:
+        assert info.device_session_bytes == blocks and info.session_bytes < info.state_bytes
+        assert info.device.startswith("OpenCL, ") and info.threads == 1
+    else:
+        assert info.device_session_bytes == 0 and info.session_bytes > blocks
+        assert info.device.startswith(f"CPU, {info.threads} thread")
 
 
 def test_named_inputs_and_outputs(model: Model) -> None:

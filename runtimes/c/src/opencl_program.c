@@ -17,7 +17,7 @@ static void es_i_cl_log(const es_i_cl_device *device, es_i_cl_program program, c
     if (log == NULL)
         return;
     if (device->cl.GetProgramBuildInfo(program, device->id, ES_CL_PROGRAM_BUILD_LOG, bytes, log, NULL) == 0) {
-        const char *from = strstr(log, "error");
+        const char *from = (strstr)(log, "error"); /* the function: glibc has a macro of C11 */
         for (const char *p = from != NULL ? from : log; *p != '\0' && n + 1 < capacity; p++) {
             int blank = *p == ' ' || *p == '\n' || *p == '\r' || *p == '\t';
             if (!blank || (n > 0 && line[n - 1] != ' '))
@@ -59,9 +59,9 @@ static es_status es_i_cl_launches_check(const es_i_cl_device *device, uint32_t k
         if (threads > group || launch->block[0] > items[0] || launch->block[1] > items[1] ||
             launch->block[2] > items[2])
             return es_i_fail(why, ES_E_DEVICE_ARCH,
-                             "kernel '%s' was compiled for work-groups of %llu, %s takes at most %llu",
-                             plan->strings + plan->kernels[k].name, (unsigned long long)threads, device->name,
-                             (unsigned long long)group);
+                             "kernel '%s' was compiled for work-groups of %u x %u x %u, which %s does not take",
+                             plan->strings + plan->kernels[k].name, launch->block[0], launch->block[1],
+                             launch->block[2], device->name);
     }
     return ES_OK;
 }
