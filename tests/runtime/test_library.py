@@ -29,7 +29,7 @@ ALLOWED = {
 
 # A driver is opened, asked for by the environment, and what it built is kept.
 ALLOWED_WITH_A_DRIVER = {
-    "dlopen", "dlsym", "dlclose", "dlerror", "getenv", "strlen", "strstr", "strncmp", "strtol",
+    "dlopen", "dlsym", "dlclose", "dlerror", "getenv", "strlen", "strstr", "strncmp", "strtol", "posix_memalign",
     "read", "write", "rename", "unlink", "getpid",
 }  # fmt: skip
 
