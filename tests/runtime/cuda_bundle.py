@@ -50,8 +50,9 @@ def counts(p: Parts) -> dict[str, int]:
     return {p.strings[k[0] : p.strings.index(b"\0", k[0])].decode(): k[1] for k in p.kernels}
 
 
-def parts(narrow: bool = False) -> Parts:
-    """The hand-made plan for CUDA: `next` is chosen by a launch of its own. narrow: tokens and next as int32."""
+def parts(narrow: bool = False, threads: dict[str, int] | None = None) -> Parts:
+    """The hand-made plan for CUDA: `next` is chosen by a launch of its own. narrow: tokens and next as int32. threads:
+    of a block, by kernel, where the kernels are a GPU's."""
     p = handmade.parts()
     chooser = len(p.kernels)
     p.kernels.append([p.name("choose32" if narrow else "choose"), 2, 0, 0, 0, 0])
@@ -75,10 +76,13 @@ def parts(narrow: bool = False) -> Parts:
         for io in p.io:
             if io[3] == 1:
                 io[1], io[11] = 4, io[11] // 2
+    names = list(counts(p))
+    for launch in p.launches:
+        launch[5] = (threads or {}).get(names[launch[0]], 1)
     return code(p, archive([(CUBIN, 90, cubin(counts(p))), (PTX, 75, text(counts(p)))]))
 
 
-def bundle(directory: Path, p: Parts) -> Path:
+def bundle(directory: Path, p: Parts, compiler: tuple[str, ...] = ("gcc",)) -> Path:
     """model.edgeseq and a libmodel.so that has no kernels of its own."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model.edgeseq").write_bytes(p.build())
@@ -87,8 +91,9 @@ def bundle(directory: Path, p: Parts) -> Path:
         "#include <edgeseq.h>\nconst es_kernel_table es_linked_kernels = "
         f"{{(uint32_t)sizeof(es_kernel_table), 0x{p.plan_id:08x}u, 0, 0, 0, 0}};\n"
     )
-    objects = build.core(("-O2", "-fPIC", "-DES_WITH_CUDA"))
-    build.compile_c(directory / "libmodel.so", [table, *objects], ["-O2", "-fPIC", "-shared"])
+    objects = build.core(("-O2", "-fPIC", "-DES_WITH_CUDA"), compiler)
+    flags = ["-O2", "-fPIC", "-shared", "-ldl"]
+    build.compile_c(directory / "libmodel.so", [table, *objects], flags, list(compiler))
     return directory
 
 

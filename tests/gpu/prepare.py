@@ -1,0 +1,211 @@
+"""Makes the folder that `tests/gpu/run` checks, on a machine that has the compiler and needs no GPU:
+
+    python -m tests.gpu.prepare DIR                                 the hand-made model and the tiny ones
+    python -m tests.gpu.prepare DIR --case mamba:fp16:int4          a family's tiny model, storage, quantisation
+    python -m tests.gpu.prepare DIR --large zoo:mamba-1.4b:fp16     shapes alone, weights left out
+
+A case is DIR/NAME/gpu (bundle), DIR/NAME/host (the same model for a plain x86-64), cpu.state and expect.json: the
+prompt, the tokens that the CPU runtime chose after it and by how much, the bound of its golden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import edgeseq
+from edgeseq.bundle.ledger import ledger
+from edgeseq.bundle.reader import BundleFile
+from edgeseq.compiler.gpu.nvrtc import images
+from edgeseq.verify.golden import load_golden
+
+from ..runtime import build, cuda_bundle, handmade
+from .refill import strip
+
+HERE = Path(__file__).parent
+HOST = HERE / "x86-64-v3.toml"
+GREEDY = 64
+PROMPTS = 6
+STORAGES = ("fp32:none", "fp16:none", "fp32:int8", "fp16:int4")
+SHARED = "x86_64-linux-gnu.2.28"
+THREADS = {
+    "gather": 16,
+    "leak1": 16,
+    "leak4": 16,
+    "leak8": 16,
+    "logits1": 32,
+    "logits4": 32,
+    "logits8": 32,
+    "choose": 32,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.prepare", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--target", default="cuda-sm90", help="of the GPU bundles")
+    parser.add_argument("--case", action="append", default=[], metavar="FAMILY:DTYPE:QUANT")
+    parser.add_argument("--large", action="append", default=[], metavar="SOURCE:DTYPE[:QUANT]")
+    parser.add_argument("--context", default="2048")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = options.case or ([] if options.large else ["handmade", *_all_tiny()])
+    for case in chosen:
+        if case == "handmade":
+            hand_made(options.out / case)
+            continue
+        family, dtype, quant = case.split(":")
+        _tiny(options.out / f"{family}-{dtype}-{quant}", f"zoo:tiny-{family}", dtype, quant, options)
+    for case in options.large:
+        source, dtype, quant = _large_parts(case)
+        name = f"{source.rpartition(':')[2].rpartition('/')[2]}-{dtype}-{quant}"
+        _large(options.out / name, source, dtype, quant, options)
+
+
+def _all_tiny() -> list[str]:
+    listed = json.loads(_edgeseq("list", "zoo", "--json"))
+    families = [z["name"].removeprefix("zoo:tiny-") for z in listed if z["name"].startswith("zoo:tiny-")]
+    return [f"{family}:{storage}" for family in families for storage in STORAGES]
+
+
+def _large_parts(case: str) -> tuple[str, str, str]:
+    parts = case.split(":")
+    quant = parts.pop() if parts[-1] in ("none", "int8", "int4") else "none"
+    return ":".join(parts[:-1]), parts[-1], quant
+
+
+def _edgeseq(*arguments: str | Path) -> str:
+    """The command line; its words are this script's when it fails."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("edgeseq"), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"edgeseq {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _tiny(out: Path, source: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="edgeseq-gpu-") as work:
+        export = Path(work) / "export"
+        _edgeseq("export", source, "-o", export, "--dtype", dtype, "--quant", quant, "--chunk", "8,64",
+                 "--context", "512")  # fmt: skip
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for target, name in ((options.target, "gpu"), (HOST, "host")):
+            _edgeseq("compile", export, "--target", target, "-o", out / name)
+    _slim(out)
+    _expect(out)
+    print(out.name, flush=True)
+
+
+def _large(out: Path, source: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="edgeseq-gpu-", dir=options.out) as work:
+        export = Path(work) / "export"
+        extra = ["--calibrate", "0"] if quant == "int4" else []
+        _edgeseq("export", source, "-o", export, "--dtype", dtype, "--quant", quant, "--chunk", "64",
+                 "--context", options.context, *extra)  # fmt: skip
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        _edgeseq("compile", export, "--target", options.target, "-o", out / "gpu")
+    (out / "expect.json").write_text(json.dumps({"prompt": [1, 2, 3]} | _facts(out / "gpu")))
+    _slim(out)
+    (out / "gpu" / "golden.safetensors").unlink(missing_ok=True)
+    strip(out / "gpu")
+    print(out.name, flush=True)
+
+
+def _slim(out: Path) -> None:
+    """What the script does not use stays here."""
+    for bundle in out.iterdir():
+        for name in ("libmodel.a", "edgeseq-device", "edgeseq.h"):
+            (bundle / name).unlink(missing_ok=True)
+
+
+def _facts(bundle: Path) -> dict[str, Any]:
+    """Bytes that a token moves, and the names of the step's launches."""
+    with BundleFile(bundle, check_weights=False) as file:
+        plan = file.plan
+        return {"bytes_per_token": ledger(plan).bytes_per_token(), "launches": [x.kernel for x in plan.step.launches]}
+
+
+def _expect(out: Path) -> None:
+    """expect.json and cpu.state, by the CPU runtime."""
+    with BundleFile(out / "host", check_weights=False) as file:
+        manifest = file.plan.manifest
+    golden = load_golden(out / "gpu", manifest.step.signature, manifest.family)
+    assert golden.tokens is not None and golden.logits is not None
+    bound = golden.bound("runtime", golden.logits)
+    _choose(out, [int(t) for t in golden.tokens], bound)
+
+
+def _choose(out: Path, tokens: list[int], bound: float) -> None:
+    """Of some prompts the one after which the CPU's choices are clearest."""
+    best: tuple[float, dict[str, Any], bytes] | None = None
+    with edgeseq.load(out / "host", threads=1) as model:
+        for i in range(PROMPTS):
+            prompt = tokens[i : i + max(1, len(tokens) // 2)]
+            session = model.session()
+            logits = session.prefill(prompt)
+            state = session.save()
+            made, margins = [], []
+            for _ in range(GREEDY):
+                second, first = np.partition(logits, -2)[-2:]
+                made.append(int(np.argmax(logits)))
+                margins.append(float(first - second))
+                logits = session.step(made[-1])
+            found = {"prompt": prompt, "tokens": made, "margins": margins, "bound": bound}
+            if best is None or min(margins) > best[0]:
+                best = (min(margins), found, state)
+    assert best is not None
+    (out / "cpu.state").write_bytes(best[2])
+    (out / "expect.json").write_text(json.dumps(best[1] | _facts(out / "gpu")))
+
+
+def hand_made(out: Path, code: bytes | None = None) -> None:
+    """The runtime's own test model: its kernels by nvcc, so that little of the compiler is in it. code: other images,
+    for a driver that is none."""
+    shutil.rmtree(out, ignore_errors=True)
+    p = cuda_bundle.parts(threads=THREADS)
+    cuda_bundle.code(p, code or images((HERE / "handmade.cu").read_text(), (90,)))
+    zig = [*build.ZIG, "-target", SHARED, "-fno-sanitize=all"]
+    cuda_bundle.bundle(out / "gpu", p, tuple(zig))
+    (out / "host").mkdir()
+    (out / "host" / "model.edgeseq").write_bytes(handmade.parts().build())
+    build.program(out / "host" / "libmodel.so", build.KERNELS, ["-O2", "-fPIC", "-shared"], compiler=zig)
+    reference, tokens = handmade.Reference(), [int(t) for t in np.random.default_rng(3).integers(0, handmade.V, 12)]
+    logits = np.stack([reference.step(t) for t in tokens]).astype(np.float32)
+    from safetensors.numpy import save_file
+
+    save_file({"tokens": np.array(tokens, np.int64), "logits": logits}, out / "gpu" / "golden.safetensors")
+    _choose_hand_made(out, tokens, 1e-5 * float(np.abs(logits).max()))
+    print(out.name, flush=True)
+
+
+def _choose_hand_made(out: Path, tokens: list[int], bound: float) -> None:
+    """Its context is 64: the prompt and fewer tokens than elsewhere fit."""
+    reference, made, margins = handmade.Reference(), [], []
+    for t in tokens[:6]:
+        logits = reference.step(t)
+    with edgeseq.load(out / "host", threads=1) as model:
+        session = model.session()
+        session.prefill(tokens[:6])
+        (out / "cpu.state").write_bytes(session.save())
+    for _ in range(50):
+        second, first = np.partition(logits, -2)[-2:]
+        made.append(int(np.argmax(logits)))
+        margins.append(float(first - second))
+        logits = reference.step(made[-1])
+    facts = {"prompt": tokens[:6], "tokens": made, "margins": margins, "bound": bound}
+    (out / "expect.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The script behind tests/gpu/run: checks and measures bundles on this machine's GPU, one process per bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from checks import CHECKS, Case, Wrong  # noqa: E402
+from refill import refill  # noqa: E402
+from runtime import Model, Refused  # noqa: E402
+from speed import measure  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SANITIZED = ("steps", "greedy", "state", "fork")
+LIMIT = 540
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests/gpu/run", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="what `python -m tests.gpu.prepare` wrote, or one case")
+    parser.add_argument("--only", default="", help="names of checks, with commas; 'speed' for the measurement alone")
+    parser.add_argument("--tokens", type=int, default=512, help="greedy tokens of one measurement")
+    parser.add_argument("--json", type=Path, help="write everything measured here")
+    parser.add_argument("--profile", action="store_true", help="print the slowest launches")
+    parser.add_argument(
+        "--no-sanitizer", action="store_true", help="do not run compute-sanitizer where it is installed"
+    )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def cases(folders: list[Path]) -> list[Path]:
+    """Folders with a `gpu` bundle, themselves or one level below."""
+    found: list[Path] = []
+    for folder in folders:
+        found += [folder] if (folder / "gpu").is_dir() else sorted(p.parent for p in folder.glob("*/gpu"))
+    if not found:
+        sys.exit(f"no bundles in {', '.join(map(str, folders))}")
+    return found
+
+
+def one(folder: Path, only: set[str], tokens: int) -> None:
+    """All checks of one case in this process; a JSON line for each."""
+
+    def say(name: str, verdict: str, note: str, **more: Any) -> None:
+        print(json.dumps({"case": folder.name, "check": name, "verdict": verdict, "note": note, **more}), flush=True)
+
+    try:
+        refill(folder / "gpu")
+        poisoned = Model(folder / "gpu", poison=True)
+    except (Refused, OSError) as error:
+        say("open", "FAILED", str(error))
+        return
+    say("open", "ok", poisoned.device.text.decode())
+    facts = json.loads((folder / "expect.json").read_text())
+    if "tokens" in facts:
+        case = Case(folder, poisoned)
+        for name, check in CHECKS.items():
+            if only and name not in only:
+                continue
+            try:
+                say(name, "ok", check(case))
+            except (Wrong, Refused) as error:
+                say(name, "FAILED", str(error))
+            except Exception:
+                say(name, "FAILED", traceback.format_exc(limit=2).strip().splitlines()[-1])
+    if not only or "speed" in only:
+        try:
+            made = measure(Model(folder / "gpu"), facts, tokens)
+            say("speed", "ok", summary(made), measured=made, launches=facts.get("launches"))
+        except Refused as error:
+            say("speed", "FAILED", str(error))
+
+
+def summary(made: dict[str, Any]) -> str:
+    text = f"{made['tokens_per_second']:.0f} tokens/s"
+    if "achieved_bandwidth" in made:
+        text += f", {made['achieved_bandwidth'] / 1e9:.0f} GB/s"
+    if "fraction_of_read" in made:
+        text += f" = {100 * made['fraction_of_read']:.0f} % of {made['read_bandwidth'] / 1e9:.0f}"
+    if "joules_per_token" in made:
+        text += f", {1e3 * made['joules_per_token']:.3g} mJ/token"
+    return text + f", {made['launches']} launches in {made['launches_us']:.0f} us"
+
+
+def spawn(folder: Path, options: argparse.Namespace, only: str, prefix: list[str]) -> tuple[list[dict[str, Any]], str]:
+    """The results of one case, and what went wrong with its process or ''."""
+    command = [*prefix, sys.executable, str(HERE / "run.py"), "--one", "--tokens", str(options.tokens), str(folder)]
+    command += ["--only", only] if only else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return [], f"stopped after {LIMIT} s"
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0:
+        return results, ""
+    words = [
+        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========") or "rror" in line
+    ]
+    return results, f"exit {done.returncode}: {'; '.join(words[:3]) or done.stderr.strip()[-200:]}"
+
+
+def sanitizer() -> str | None:
+    known = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
+    return next((p for p in known if p and os.access(p, os.X_OK)), None)
+
+
+def row(result: dict[str, Any]) -> None:
+    print(f"{result['case']:28} {result['check']:12} {result['verdict']:7} {result['note']}", flush=True)
+
+
+def slowest(result: dict[str, Any], n: int = 12) -> None:
+    """Kernels by their share of a step."""
+    ns = result["measured"]["profile_ns"]
+    names = result.get("launches") or [f"launch {i}" for i in range(len(ns))]
+    totals: dict[str, list[int]] = {}
+    for name, value in zip(names, ns):
+        totals.setdefault(name, []).append(value)
+    for name, values in sorted(totals.items(), key=lambda item: -sum(item[1]))[:n]:
+        print(f"    {sum(values) / 1e3:10.1f} us  {len(values):4} x {sum(values) / len(values) / 1e3:8.2f} us  {name}")
+
+
+def main() -> int:
+    options = arguments()
+    if options.one:
+        one(options.folders[0], set(filter(None, options.only.split(","))), options.tokens)
+        return 0
+    failed, everything, tool = 0, [], None if options.no_sanitizer else sanitizer()
+    for folder in cases(options.folders):
+        results, trouble = spawn(folder, options, options.only, [])
+        if trouble:
+            results.append({"case": folder.name, "check": "process", "verdict": "FAILED", "note": trouble})
+        if tool and not options.only and "tokens" in json.loads((folder / "expect.json").read_text()):
+            for name in TOOLS:
+                prefix = [tool, "--tool", name, "--error-exitcode", "9"]
+                inner, trouble = spawn(folder, options, ",".join(SANITIZED), prefix)
+                trouble = trouble or "; ".join(r["note"] for r in inner if r["verdict"] != "ok")
+                verdict = "FAILED" if trouble else "ok"
+                results.append({"case": folder.name, "check": name, "verdict": verdict, "note": trouble or "clean"})
+        for result in results:
+            row(result)
+            if options.profile and "measured" in result:
+                slowest(result)
+        failed += sum(r["verdict"] != "ok" for r in results)
+        everything += results
+        if options.json:
+            options.json.write_text(json.dumps(everything))
+    if not tool:
+        print("compute-sanitizer was not run" + ("" if options.no_sanitizer else ": it is not installed here"))
+    print(f"{len(everything)} results, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
