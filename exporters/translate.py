@@ -38,6 +38,7 @@ def translations(flavour: str) -> Translation:
         ours.wkv4.default: wkv4,
         ours.diag_scan.default: diag_scan,
         ours.dense_scan.default: dense_scan,
+        ours.long_conv.default: long_conv,
         ours.linear_attention.default: linear_attention,
         ours.causal_conv.default: causal_conv,
         ours.rms_norm.default: rms_norm,
@@ -105,6 +106,11 @@ def diag_scan(u: Value, a: Value, c: Value, d: Value | None, past: Value) -> Val
 def dense_scan(u: Value, a: Value, b: Value, c: Value, d: Value | None, past: Value) -> Value:
     """ai.edgeseq.DenseScan, inputs in this order."""
     return Opset(DOMAIN, VERSION).DenseScan(u, a, b, c, d, past, _outputs=2)
+
+
+def long_conv(x: Value, h: Value, d: Value | None, past: Value, position: Value) -> Value:
+    """ai.edgeseq.LongConvStep, inputs in this order."""
+    return Opset(DOMAIN, VERSION).LongConvStep(x, h, d, past, position, _outputs=2)
 
 
 def linear_attention(

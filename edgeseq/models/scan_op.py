@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -67,3 +68,44 @@ def dense_scan(u: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, pas
     u [B,T,C]; a [N,N,C], row before column; b, c [N,C]; d [C]; past [B,N,C]. Returns y [B,T,C], present [B,N,C].
     """
     return _dense_scan(u, a, b, c, d, past)
+
+
+def _convolved(rows: Tensor, h: Tensor, position: int, tokens: int) -> Tensor:
+    """Answers [B,T,C] to the rows position .. position+T-1 of streams that stand at one position."""
+    taps = min(position + tokens, len(h))
+    first = position + 1 - taps
+    window = F.pad(rows[:, max(first, 0) : position + tokens], (0, 0, max(-first, 0), 0))  # [B,taps-1+T,C]
+    weight = h[:taps].flip(0).T[:, None]
+    return F.conv1d(window.transpose(1, 2), weight, groups=rows.shape[2]).transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("edgeseq::long_conv", mutates_args=())
+def _long_conv(
+    x: Tensor,
+    h: Tensor,
+    d: Optional[Tensor],  # noqa: UP045
+    past: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (batch, tokens, _), rows = x.shape, past.shape[1]
+    end = int(position.max()) + tokens
+    if end > rows:
+        raise IndexError(f"the history holds {rows} tokens, but {end} are needed")
+    row = position[:, None] + torch.arange(tokens)  # [B,T]
+    present = past.scatter(1, row[:, :, None].expand_as(x), x)
+    streams = [slice(None)] if int(position.min()) == end - tokens else [slice(b, b + 1) for b in range(batch)]
+    y = torch.cat([_convolved(present[b], h, int(position[b][0]), tokens) for b in streams])
+    return (y if d is None else y + d * x), present
+
+
+_long_conv.register_fake(lambda *args: (torch.empty_like(args[0]), torch.empty_like(args[3])))
+
+
+def long_conv(x: Tensor, h: Tensor, d: Tensor | None, past: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal convolution with a long filter over the whole past (Hyena, Poli et al. 2023, section 3).
+
+    x [B,T,C]; h [L,C], row j for the input j tokens ago; d [C]; past [B,M,C], token p in row p; position [B] int64,
+    tokens in the history. Rows at or above position+T are never read. Returns y [B,T,C] and present [B,M,C]. Raises
+    IndexError when position+T > M.
+    """
+    return _long_conv(x, h, d, past, position)

@@ -13,6 +13,7 @@ from edgeseq.models.expert_choice import ExpertChoiceConfig
 from edgeseq.models.falcon_mamba import FalconMambaConfig
 from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.gss import GssConfig
+from edgeseq.models.hyena import HyenaConfig
 from edgeseq.models.liquid_s4 import LiquidS4Config
 from edgeseq.models.longformer import LongformerConfig
 from edgeseq.models.mamba import MambaConfig
@@ -51,6 +52,8 @@ ODD = {
     "rwkv6-odd": Rwkv6Config(61, 24, 3, 3, 40, r_mix=5, r_decay=7),
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
     "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
+    "hyena-odd": HyenaConfig(53, 22, 2, 19, 29, order=3, d_conv=4, filter_width=11, filter_bands=3, tie=False),
+    "hyena-mixed": HyenaConfig(53, 22, 3, 19, 60, filter_width=11, filter_bands=1, modal=(3, 0, 2)),
     "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
     "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
     "s4d-odd": S4dConfig(61, 22, 2, 5, 30, "inv", tie=False),
@@ -85,7 +88,9 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = rng.uniform(-4.0, -1.0, shape)
         elif name.endswith("A_imag"):
             drawn = 20.0 * drawn
-        elif name.endswith((".B", ".C", ".P")):
+        elif ".poles." in name:
+            drawn = drawn / (0.3 + np.abs(drawn).max())
+        elif name.endswith((".B", ".C", ".P")) or ".filter." in name or ".skips." in name:
             drawn = 4.0 * drawn
         if name not in made:
             tensors[name] = drawn.astype(np.float32)
