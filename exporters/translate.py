@@ -26,7 +26,9 @@ def translations(flavour: str) -> Translation:
     """The table for torch.onnx.export; `flavour` is "onnx" (portable) or "ort" (com.microsoft twins where faster)."""
     import edgeseq.models.experts_op
     import edgeseq.models.functional
-    import edgeseq.models.scan_op  # noqa: F401  these register the torch operators
+    import edgeseq.models.gated_scan_op
+    import edgeseq.models.scan_op
+    import edgeseq.models.sparse_op  # noqa: F401  these register the torch operators
 
     register_all()
     contrib.register()
@@ -45,7 +47,9 @@ def translations(flavour: str) -> Translation:
         ours.rotary.default: rotary,
         ours.cached_attention.default: cached_attention,
         ours.window_attention.default: window_attention,
+        ours.sparse_attention.default: sparse_attention,
         ours.expert_linear.default: expert_linear,
+        ours.gated_scan.default: gated_scan,
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
         torch.ops.aten.slice.Tensor: slice_tensor,
@@ -175,6 +179,11 @@ def expert_linear(x: Value, index: Value, w: Value, gates: Value | None, num_exp
     return Opset(DOMAIN, VERSION).ExpertLinear(x, index, w, gates, num_experts=num_experts)
 
 
+def gated_scan(x: Value, log_a: Value, past: Value) -> Value:
+    """ai.edgeseq.GatedScan, inputs in this order."""
+    return Opset(DOMAIN, VERSION).GatedScan(x, log_a, past, _outputs=2)
+
+
 def rms_norm(x: Value, weight: Value | None, eps: float) -> Value:
     """RMSNormalization (23) over the last axis; without a weight the scale is ones."""
     if weight is None:
@@ -226,6 +235,17 @@ def window_attention(
         new = tuple(onnx_op.Slice(n, ints([first]), ints([tokens]), ints([2])) for n in new)
     present = (onnx_op.TensorScatter(p, n, row, axis=2, mode="circular") for p, n in zip(past, new, strict=True))
     return (merged, *present)
+
+
+def sparse_attention(
+    q: Value, k: Value, v: Value, past_k: Value, past_v: Value, position: Value,
+    num_heads: int, num_kv_heads: int, scale: float, prefix: int, block: int, blocks: int, seed: int,
+) -> Value:  # fmt: skip
+    """ai.edgeseq.SparseAttention, inputs in this order."""
+    return Opset(DOMAIN, VERSION).SparseAttention(
+        q, k, v, past_k, past_v, position, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale,
+        prefix=prefix, block=block, blocks=blocks, seed=seed, _outputs=3,
+    )  # fmt: skip
 
 
 def window_mask(position: Value, tokens: int, rows: int) -> Value:

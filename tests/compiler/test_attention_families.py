@@ -22,9 +22,11 @@ SHAPES = {
     "gpt2": replace(GPT2, activation="gelu_tanh", tie=True),
     "gpt2-erf": GPT2,
     "transformer-yarn": ODD["transformer-yarn"],
+    "longformer": ODD["longformer-odd"],
+    "bigbird": ODD["bigbird-odd"],
     "gpt2-relu": replace(GPT2, activation="relu", n_layers=1),
 }
-QUICK = {"gpt2": "onnx", "transformer-yarn": "ort"}
+QUICK = {"gpt2": "onnx", "transformer-yarn": "ort", "longformer": "onnx", "bigbird": "ort"}
 CASES = [pytest.param(n, QUICK[n]) for n in QUICK]
 CASES += [pytest.param(n, f, marks=pytest.mark.slow) for n in SHAPES for f in ("onnx", "ort") if QUICK.get(n) != f]
 

@@ -85,7 +85,10 @@ def test_a_longer_context_changes_nothing(name: str) -> None:
     assert_equal(long, short)
 
 
-@pytest.mark.parametrize("name", ["transformer-gqa", "transformer-tiny", "mistral-odd", "mistral-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer-gqa", "transformer-tiny", "mistral-odd", "mistral-tiny", "gpt2-odd", "longformer-odd", "bigbird-odd"],
+)
 def test_rows_of_the_cache_beyond_the_position_are_never_read(name: str) -> None:
     model, tokens, whole = case(name)
     state = [torch.full_like(t, torch.nan) for t in model.initial_state(2, CONTEXT)]
@@ -95,7 +98,7 @@ def test_rows_of_the_cache_beyond_the_position_are_never_read(name: str) -> None
             assert_equal(logits[:, 0], whole[:, start + 4])
 
 
-@pytest.mark.parametrize("name", ["transformer-gqa", "mistral-odd"])
+@pytest.mark.parametrize("name", ["transformer-gqa", "mistral-odd", "gpt2-odd", "longformer-odd", "bigbird-odd"])
 def test_streams_of_one_batch_may_stand_at_different_positions(name: str) -> None:
     model, tokens, whole = case(name)
     state = model.initial_state(2, CONTEXT)

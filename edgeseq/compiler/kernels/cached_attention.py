@@ -6,11 +6,15 @@ over the cache. Rows above position + t are never read.
 
 Ring: token p lies in row p mod N and sees the last N tokens, itself counted. It is written just before it attends, in
 place of a token that neither it nor a later one sees, so rows 0 .. min(p, N-1) are always exactly its window.
+With a prefix and a reservoir (ops/sparse_attention.py) the same rows hold what it sees, and the token that is replaced
+goes to the reservoir where its block is drawn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from edgeseq.ops.sparse_attention import FACTORS, MODULUS, SHIFTS
 
 from ..tvm_api import T, tirx
 from . import Built
@@ -39,7 +43,8 @@ NEVER = -1.0e30
 class CachedAttention:
     """T new tokens, H query heads over Hk cached heads of width d, N cache rows; ld*: floats between tokens.
 
-    ring: the cache holds the last N tokens and no longer grows.
+    ring: the cache holds the last tokens and no longer grows: `prefix` first ones stay, behind the ring are `blocks`
+    blocks of `block` tokens drawn by `seed`; without either it holds the last N.
     """
 
     T: int
@@ -52,6 +57,10 @@ class CachedAttention:
     ldv: int
     scale: float
     ring: bool = False
+    prefix: int = 0
+    block: int = 1
+    blocks: int = 0
+    seed: int = 0
     args = ("q", "k", "v", "past_k", "past_v", "position", "o")
 
 
@@ -84,6 +93,33 @@ def _append(kern: Kernel, p: CachedAttention, head: Expr, t: Expr, row: Expr) ->
             store(kern[cache], head + row * p.d + i, value, lanes)
 
 
+def _ring_row(kern: Kernel, p: CachedAttention, head: Expr, token: Expr) -> Expr:
+    """The row that `token` replaces, what it held moved to the reservoir where its block is drawn."""
+    window = p.N - p.prefix - p.block * p.blocks
+    behind = let(token - p.prefix)
+    row = T.Cast("int32", tirx.Select(behind < 0, token, p.prefix + behind % window) if p.prefix else token % window)
+    row = let(row)
+    if p.blocks:
+        left = let(behind - window)
+        with T.If(left >= 0), T.Then():
+            place = let(_draw(let(left // p.block), p.blocks, p.seed))
+            with T.If(place < p.blocks), T.Then():
+                kept = let(T.Cast("int32", p.prefix + window + place * p.block + left % p.block))
+                for cache in ("past_k", "past_v"):
+                    for i, lanes in pieces(p.d):
+                        value = load(kern[cache], head + row * p.d + i, lanes)
+                        store(kern[cache], head + kept * p.d + i, value, lanes)
+    return row
+
+
+def _draw(j: Expr, blocks: int, seed: int) -> Expr:
+    """`draw` of ops/sparse_attention.py in int64."""
+    z = let((T.int64(FACTORS[0]) * (j + 1) + FACTORS[1] * (seed + 1)) % MODULUS)
+    for shift in SHIFTS:
+        z = let((z * z + shift) % MODULUS)
+    return tirx.Select(j < blocks, j, z % (j + 1))
+
+
 def _attend(kern: Kernel, p: CachedAttention, head: Expr) -> None:
     group = p.H // p.Hk
     width = -(-p.d // LANES) * LANES
@@ -98,7 +134,7 @@ def _attend(kern: Kernel, p: CachedAttention, head: Expr) -> None:
         fill(total, group)
         token = let(kern["position"][0] + T.Cast("int64", t))
         if p.ring:
-            _append(kern, p, head, t, let(T.Cast("int32", token % p.N)))
+            _append(kern, p, head, t, _ring_row(kern, p, head, token))
         rows = let(T.Cast("int32", tirx.Select(token < p.N, token + 1, T.int64(p.N)) if p.ring else token + 1))
         with T.serial(tirx.ceildiv(rows, TILE)) as tile:
             first = let(tile * TILE)
