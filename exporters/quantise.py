@@ -25,7 +25,7 @@ HEAD_SHARE = 0.05
 """The output head of a 4-bit model gets 8 bits where that makes the matrices at most this much larger: what it rounds
 off goes into the scores unfiltered."""
 
-DECAYS = {"dt", "g", "decay", "log_decay"}
+DECAYS = {"dt", "g", "decay", "log_a", "log_decay"}
 """Inputs of recurrences that stand in an exponent: an error there grows with every token."""
 
 STANDARD_DECAYS = {"LinearAttention": 4}
