@@ -129,12 +129,6 @@ class Lowering:
         flat = replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
         return Value(name, source.dtype, source.shape, self.memory.weight("columns16", flat))
 
-    def columns(self, name: str) -> Value:
-        """A weight [..., C] packed columns16, the axes before the last taken as one."""
-        source = self.graph.weights[name]
-        flat = replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
-        return Value(name, source.dtype, source.shape, self.memory.weight("columns16", flat))
-
     def weight_q(self, codes: str, scales: str, shape: tuple[int, int], bits: int, signed: bool) -> Value:
         """Block-quantised codes [M, K/32, 4*bits] and their scales [M, K/32] as one packed weight of M x K."""
         blocks = -(-shape[1] // 32)
