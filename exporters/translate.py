@@ -7,6 +7,7 @@ B batch, T tokens, C channels, H heads, Hk key/value heads, d head width, N rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,7 @@ def translations(flavour: str) -> Translation:
         ours.gated_scan.default: gated_scan,
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
+        torch.ops.aten.gelu.default: gelu,
         torch.ops.aten.slice.Tensor: slice_tensor,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.aten.cumprod.default: cumulative_product,
@@ -277,6 +279,19 @@ def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
 def silu(x: Value) -> Value:
     """Mul(x, Sigmoid(x)): stock onnxruntime has no CPU kernel for Swish."""
     return onnx_op.Mul(x, onnx_op.Sigmoid(x))
+
+
+def gelu(x: Value, approximate: str = "none") -> Value:
+    """x/2 (1 + erf(x / sqrt 2)), or by tanh of sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016, section 2);
+    the cube is two products, for Pow is slow and has no sign to rely on."""
+    if approximate == "tanh":
+        cube = onnx_op.Mul(onnx_op.Mul(x, x), x)
+        inner = onnx_op.Add(x, onnx_op.Mul(cube, onnx_op.Constant(value_float=0.044715)))
+        bend = onnx_op.Tanh(onnx_op.Mul(inner, onnx_op.Constant(value_float=math.sqrt(2.0 / math.pi))))
+    else:
+        bend = onnx_op.Erf(onnx_op.Mul(x, onnx_op.Constant(value_float=math.sqrt(0.5))))
+    half = onnx_op.Mul(x, onnx_op.Constant(value_float=0.5))
+    return onnx_op.Mul(half, onnx_op.Add(bend, onnx_op.Constant(value_float=1.0)))
 
 
 def slice_tensor(x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Value:

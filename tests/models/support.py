@@ -20,6 +20,7 @@ from edgeseq.models.mamba import MambaConfig
 from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.mixtral import MixtralConfig
 from edgeseq.models.mlstm import MLSTMConfig
+from edgeseq.models.recurrent_gemma import RecurrentGemmaConfig
 from edgeseq.models.retnet import RetNetConfig
 from edgeseq.models.rwkv4 import Rwkv4Config
 from edgeseq.models.rwkv5 import Rwkv5Config
@@ -46,6 +47,7 @@ ODD = {
     "mixtral-odd": MixtralConfig(59, 30, 2, 9, 3, 10, 21, rope=LLAMA3, n_experts=5, top_k=3),
     "mixtral-window": MixtralConfig(59, 30, 2, 9, 3, 10, 36, tie=False, n_experts=7, top_k=1, window=5),
     "mlstm-odd": MLSTMConfig(53, 36, 2, 3, 5, 7, 28),
+    "recurrent-gemma-odd": RecurrentGemmaConfig(59, 36, 4, 3, 1, 42, 31, 7, 3, turned=4, cap=5.0, tie=False),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
     "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),
     "rwkv5-odd": Rwkv5Config(61, 24, 3, 3, 40, tie=True),
