@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from edgeseq import runtime_abi as abi  # noqa: E402  (the checkout is found by the line above)
+from edgeseq import runtime_abi as abi
 
 
 class Refused(Exception):

@@ -112,6 +112,7 @@ class Fake:
         self.path = path
         self._lib = ctypes.CDLL(str(path))
         self._lib.fake_cuda_calls.restype = ctypes.c_long
+        self._lib.fake_cuda_loaded.restype = ctypes.c_char_p
 
     def reset(self) -> None:
         self._lib.fake_cuda_reset()
@@ -128,3 +129,8 @@ class Fake:
     @property
     def live(self) -> int:
         return int(self._lib.fake_cuda_live())
+
+    @property
+    def loaded(self) -> str:
+        """The note of the image that was loaded last."""
+        return str(self._lib.fake_cuda_loaded().decode())

@@ -58,6 +58,7 @@ static int sticky, n_contexts;
 static uint64_t now_ns, n_kernels;
 static __thread int depth;
 static object the_context;
+static char loaded[64];
 
 static struct {
     const char *name;
@@ -120,6 +121,12 @@ void fake_cuda_reset(void)
     n_kernels = 0;
 }
 
+/* The first line of the last module that is not the runtime's own. */
+const char *fake_cuda_loaded(void)
+{
+    return loaded;
+}
+
 int fake_cuda_live(void)
 {
     int n = n_contexts + (depth != 0);
@@ -148,12 +155,14 @@ int fake_cuda_live(void)
         result = sticky;                                                                                               \
         break;                                                                                                         \
     }
-#define END                                                                                                            \
+#define END_WITH(last)                                                                                                 \
     }                                                                                                                  \
     while (0)                                                                                                          \
         ;                                                                                                              \
+    last;                                                                                                              \
     pthread_mutex_unlock(&lock);                                                                                       \
     return result;
+#define END END_WITH((void)0)
 
 static object *make(int kind)
 {
@@ -405,6 +414,8 @@ int cuModuleLoadDataEx(void **module, const void *image, unsigned int n, int *op
     }
     object *o = make(MODULE);
     o->text = strdup(text);
+    if (strstr(text, "es_advance") == NULL)
+        snprintf(loaded, sizeof loaded, "%.*s", (int)strcspn(text, "\n"), text);
     *module = o;
     END
 }
@@ -622,20 +633,25 @@ int cuStreamBeginCapture_v2(void *stream, int mode)
     END
 }
 
+/* A failure on purpose ends the capture as well, as the driver's own do. */
 int cuStreamEndCapture(void *stream, void **graph)
 {
+    int broken = 0;
     BEGIN object *s = as(stream, STREAM);
     if (s->capture == NULL || !pthread_equal(s->capturer, pthread_self()))
         misuse("no capture to end");
     *graph = s->capture;
     s->capture = NULL;
-    if (s->broken) {
+    broken = s->broken ? 901 : 0;
+    END_WITH(if (result != 0 && as(stream, STREAM)->capture != NULL) {
+        *graph = as(stream, STREAM)->capture;
+        as(stream, STREAM)->capture = NULL;
+        broken = result;
+    } if (broken) {
         destroy(*graph);
         *graph = NULL;
-        result = 901;
-    }
-    END
-    /* a failure on purpose leaves the capture invalid but ended */
+        result = broken;
+    })
 }
 
 int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags)

@@ -141,7 +141,7 @@ static es_status es_i_cu_module_load(es_i_cu_device *device, const uint8_t *arch
     return status == ES_E_DEVICE_LAUNCH ? ES_E_DEVICE_BUILD : status;
 }
 
-/* Arguments and block sizes of every launch against what the loaded function takes. */
+/* The block of a launch against what the loaded function can have; registers may allow less than the device. */
 static es_status es_i_cu_launch_check(const es_i_cu_device *device, uint32_t index, es_error *why)
 {
     const es_i_plan *plan = device->plan;
@@ -149,9 +149,6 @@ static es_status es_i_cu_launch_check(const es_i_cu_device *device, uint32_t ind
     const char *name = plan->strings + plan->kernels[launch->kernel].name;
     uint64_t threads = (uint64_t)launch->block[0] * launch->block[1] * launch->block[2];
     int most = 0;
-    if (launch->grid[1] > 65535 || launch->grid[2] > 65535 || launch->block[2] > 64)
-        return es_i_fail(why, ES_E_LAUNCH, "launch %u of '%s' has a grid or block that CUDA does not know", index,
-                         name);
     if (device->api.function_attribute(&most, ES_CU_MAX_THREADS, device->functions[launch->kernel]) == ES_CU_OK &&
         threads > (uint64_t)most)
         return es_i_fail(why, ES_E_DEVICE_BUILD, "kernel '%s' runs with at most %d threads a block, %llu are asked",
@@ -179,13 +176,8 @@ static es_status es_i_cu_params_check(const es_i_cu_device *device, uint32_t ind
 es_status es_i_cu_kernels_load(es_i_cu_device *device, es_error *why)
 {
     const es_i_plan *plan = device->plan;
-    const es_i_kernel *first = &plan->kernels[0];
+    const es_i_kernel *first = &plan->kernels[0]; /* all have the same code, the plan was checked */
     const uint8_t *code = plan->data + plan->section[ES_CODE]->offset;
-    for (uint32_t i = 0; i < plan->n_kernels; i++)
-        if (plan->kernels[i].backend != 2 || plan->kernels[i].code != 2 ||
-            plan->kernels[i].code_offset != first->code_offset || plan->kernels[i].code_bytes != first->code_bytes)
-            return es_i_fail(why, ES_E_KERNEL, "kernel '%s' is not in the CUDA code of the others",
-                             plan->strings + plan->kernels[i].name);
     es_status status = es_i_cu_module_load(device, code + first->code_offset, first->code_bytes, why);
     for (uint32_t i = 0; status == ES_OK && i < plan->n_kernels; i++) {
         const char *name = plan->strings + plan->kernels[i].name;
