@@ -195,6 +195,22 @@ def attention_layers(n_layers: int, chosen: Any, where: str) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def layer_kinds(r: ConfigReader, n_layers: int, known: Mapping[str, int]) -> tuple[int, ...]:
+    """What `known` says of the kind of each layer in `layer_types` (also spelled `layers_block_type`).
+
+    Where the field is absent, every layer is of the first kind.
+    """
+    field = "layer_types" if r.get("layer_types") is not None else "layers_block_type"
+    kinds = r.get(field)
+    kinds = [next(iter(known))] * n_layers if kinds is None else kinds
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise SourceError(f"config.json: {field} is {kinds!r:.60}, but must name the kinds of {n_layers} layers")
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in known:
+            raise SourceError(f"config.json: {field} has {kind!r:.40}, but the kinds are {', '.join(known)}")
+    return tuple(known[kind] for kind in kinds)
+
+
 def mlp_tensors(d_model: int, d_ff: int, theirs: str, bias: bool = False) -> dict[str, StoredTensor]:
     """Names of a `GatedMLP` -> where they are stored, below the prefix `theirs` (ends in a dot)."""
     shapes = {"gate_proj": (d_ff, d_model), "up_proj": (d_ff, d_model), "down_proj": (d_model, d_ff)}

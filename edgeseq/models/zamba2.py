@@ -31,7 +31,7 @@ from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
 from edgeseq.models.base import Array, Checkpoint, Family, StoredTensor
 from edgeseq.models.hf import MOST_LAYERS, ConfigReader
-from edgeseq.models.hybrid import Hybrid, HybridLayer, below
+from edgeseq.models.hybrid import Hybrid, HybridLayer, below, layer_kinds
 from edgeseq.models.hybrid_attention import (
     Attention,
     AttentionConfig,
@@ -195,12 +195,14 @@ def config_from_hf(raw: Mapping[str, Any]) -> Zamba2Config:
     rope, turned = rope_from_hf(raw, head_dim) if r.flag("use_mem_rope", False) else (None, head_dim)
     if turned != head_dim:
         raise SourceError(f"config.json: partial_rotary_factor turns {turned} of {head_dim} channels, but must be 1.0")
-    scale = (head_dim / 2) ** -0.5
+    if r.get("layers_block_type") is None and r.get("layer_types") is None:
+        raise SourceError("config.json lacks layers_block_type")
+    kinds, scale = layer_kinds(r, n_layers, {"mamba": 0, "linear_attention": 0, "hybrid": 1}), (head_dim / 2) ** -0.5
     return Zamba2Config(
         vocab_size=r.positive("vocab_size", default=32000),
         d_model=d_model,
         n_layers=n_layers,
-        shared_at=_shared_at(r, n_layers),
+        shared_at=tuple(i for i, kind in enumerate(kinds) if kind),
         attention=AttentionConfig(d_model, n_heads, kv, head_dim, scale=scale, d_in=2 * d_model),
         mamba=_mamba(r, d_model, linear_bias),
         d_ff=r.positive("intermediate_size", default=4 * d_model),
@@ -230,19 +232,6 @@ def _mamba(r: ConfigReader, d_model: int, bias: bool) -> SSDConfig:
         eps=1e-5,
         proj_bias=bias,
     )
-
-
-def _shared_at(r: ConfigReader, n_layers: int) -> tuple[int, ...]:
-    kinds = r.get("layers_block_type")
-    kinds = r.get("layer_types") if kinds is None else kinds
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise SourceError(
-            f"config.json: layers_block_type is {kinds!r:.60}, but must name the kind of {n_layers} layers"
-        )
-    for kind in kinds:
-        if kind not in ("mamba", "linear_attention", "hybrid"):
-            raise SourceError(f"config.json: layers_block_type has {kind!r:.40}, but a layer is 'mamba' or 'hybrid'")
-    return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
 
 
 def hf_tensors(c: Zamba2Config) -> dict[str, StoredTensor]:

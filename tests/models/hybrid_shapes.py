@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from edgeseq.models.bamba import BambaConfig
 from edgeseq.models.falcon_h1 import FalconH1Config, Multipliers
+from edgeseq.models.granite_hybrid import GraniteHybridConfig
 from edgeseq.models.hybrid_attention import AttentionConfig
 from edgeseq.models.mamba import MambaShape
 from edgeseq.models.mamba2 import SSDConfig
+from edgeseq.models.moe import MoeConfig
 from edgeseq.models.samba import SambaConfig
 from edgeseq.models.transformer import RopeConfig
 from edgeseq.models.zamba2 import Zamba2Config
@@ -21,6 +23,10 @@ HYBRIDS = {
     "falcon-h1-odd": FalconH1Config(
         53, 30, 2, AttentionConfig(30, 3, 3, 6), SSDConfig(30, 4, 9, 5, n_groups=2, norm="norm_first", out_bias=True),
         22, rope=RopeConfig(1e11), multipliers=Multipliers(embedding=1.7),
+    ),
+    "granite-hybrid-odd": GraniteHybridConfig(
+        53, 30, 3, (0,), AttentionConfig(30, 6, 2, 10, scale=0.3), SSDConfig(30, 4, 9, 5, n_groups=2), 22,
+        MoeConfig(5, 2, 7, d_shared=22), tie=False, embed_scale=1.7,
     ),
     "samba-odd": SambaConfig(
         53, 30, 3, (0, 2), AttentionConfig(30, 6, 2, 10, bias=True, window=5),
