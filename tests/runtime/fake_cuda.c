@@ -64,8 +64,8 @@ static struct {
     const char *name;
     long long value;
 } properties[] = {{"version", 12040}, {"devices", 1}, {"major", 9}, {"minor", 0}, {"memory", 1ll << 40},
-                  {"fault", 0},       {"threads", 1024}, {"jit", 1}, {"init", 0}};
-enum { VERSION, DEVICES, MAJOR, MINOR, MEMORY_LEFT, FAULT, THREADS, JIT, INIT };
+                  {"fault", 0},       {"threads", 1024}, {"jit", 1}, {"init", 0}, {"early", 1}};
+enum { VERSION, DEVICES, MAJOR, MINOR, MEMORY_LEFT, FAULT, THREADS, JIT, INIT, EARLY };
 
 static struct {
     char symbol[64];
@@ -113,7 +113,7 @@ long fake_cuda_calls(const char *symbol)
 /* Fresh properties, no failures, no lost device; what lives goes on living. */
 void fake_cuda_reset(void)
 {
-    static const long long fresh[] = {12040, 1, 9, 0, 1ll << 40, 0, 1024, 1, 0};
+    static const long long fresh[] = {12040, 1, 9, 0, 1ll << 40, 0, 1024, 1, 0, 1};
     for (size_t i = 0; i < sizeof fresh / sizeof *fresh; i++)
         properties[i].value = fresh[i];
     memset(counts, 0, sizeof counts);
@@ -779,6 +779,12 @@ int cuLaunchKernelEx(const config *c, void *function, void **params, void **extr
 {
     BEGIN NEEDS_CONTEXT if (c->n != 1 || *(int *)c->attributes != 6 || ((int *)c->attributes)[2] != 1) misuse(
         "an attribute that is not known");
+    object *s = as(c->stream, STREAM);
+    if (s->capture != NULL && !properties[EARLY].value) {
+        s->broken = 1;
+        result = 900;
+        break;
+    }
     result = launch(function, c->grid, c->block, c->shared, c->stream, params, extra);
     END
 }

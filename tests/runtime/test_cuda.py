@@ -136,6 +136,15 @@ def test_without_capture_launches_go_one_by_one(fake: cb.Fake, bundle: Path, ent
         np.testing.assert_allclose(session.logits, expected(PROMPT, 5)[1], rtol=2e-6, atol=2e-4)
 
 
+def test_a_driver_whose_graphs_hold_no_early_launches_gets_others(fake: cb.Fake, bundle: Path) -> None:
+    fake.set("early", 0)
+    with edgeseq.load(bundle, threads=1, poison=True) as model:
+        session = model.session()
+        session.prefill(PROMPT)
+        assert session.generate_timed(5)[0] == expected(PROMPT, 5)[0]
+        assert fake.calls("cuLaunchKernelEx") == 1 and fake.calls("cuGraphLaunch") == 3 + 5
+
+
 def test_without_a_compiler_for_ptx_copies_do_what_the_helper_does(fake: cb.Fake, tmp_path: Path) -> None:
     fake.set("jit", 0)
     for narrow in (False, True):

@@ -44,7 +44,7 @@ void es_i_cu_outputs_give(const es_i_cu_stream *stream, uint32_t g, uint8_t *io)
 static es_i_cu_result es_i_cu_launch(es_i_cu_stream *stream, const es_i_launch *launch, int early)
 {
     const es_i_cu_device *device = stream->device;
-    if (early && device->early && device->api.launch_early != NULL) {
+    if (early && __atomic_load_n(&device->early, __ATOMIC_RELAXED) && device->api.launch_early != NULL) {
         es_i_cu_attribute attribute;
         es_i_cu_config config;
         memset(&attribute, 0, sizeof attribute);
@@ -122,6 +122,8 @@ es_status es_i_cu_replay(es_i_cu_stream *stream, uint32_t index, uint32_t g, int
     es_i_cu_captured *captured = &stream->captured[index];
     int begun = 0;
     if (captured->exec == NULL && !captured->plain)
+        es_i_cu_capture(stream, captured, g, modes);
+    if (captured->plain && __atomic_exchange_n(&device->early, 0, __ATOMIC_RELAXED)) /* needs CUDA 12.3 in a graph */
         es_i_cu_capture(stream, captured, g, modes);
     if (captured->exec != NULL) {
         es_i_cu_result result = device->api.graph_launch(captured->exec, stream->queue);

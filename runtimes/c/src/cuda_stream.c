@@ -68,8 +68,8 @@ static es_status es_i_cu_blocks_make(es_i_cu_stream *stream, es_error *why)
         status = es_i_cu_alloc(device, ES_CU_CONTROL_BYTES, "a session's tokens", &stream->control, why);
     if (status != ES_OK)
         return status;
-    es_i_cu_result result = ES_CU_OK;
-    if (plan->header->io_bytes > 0)
+    es_i_cu_result result = api->fill(stream->control, 0, ES_CU_CONTROL_BYTES, stream->queue);
+    if (result == ES_CU_OK && plan->header->io_bytes > 0)
         result = api->fill(stream->io, 0, (size_t)plan->header->io_bytes, stream->queue);
     if (result == ES_CU_OK && plan->arena_bytes > 0)
         result = api->fill(stream->arena, 0, (size_t)plan->arena_bytes, stream->queue);

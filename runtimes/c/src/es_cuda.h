@@ -105,7 +105,7 @@ typedef struct {
     es_i_cu_api api;
     const es_i_plan *plan;
     int id, driver, major, minor, processors, l2_bytes, poison;
-    int early; /* the loaded kernels wait themselves for the launch before theirs */
+    int early; /* the loaded kernels wait themselves for the launch before theirs, and graphs can hold such launches */
     uint32_t retained, lost; /* lost is read and set by several threads */
     void *context;           /* the device's primary one: shared with the app, never reset */
     void *module, *helpers;
