@@ -124,7 +124,7 @@ def _large(out: Path, source: str, dtype: str, quant: str, options: argparse.Nam
 
 def _slim(out: Path) -> None:
     """What the script does not use stays here."""
-    for bundle in out.iterdir():
+    for bundle in (p for p in out.iterdir() if p.is_dir()):
         for name in ("libmodel.a", "edgeseq-device", "edgeseq.h"):
             (bundle / name).unlink(missing_ok=True)
 
