@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from edgeseq.models.bamba import BambaConfig
 from edgeseq.models.falcon_h1 import FalconH1Config, Multipliers
+from edgeseq.models.gated_delta_net import DeltaConfig
 from edgeseq.models.granite_hybrid import GraniteHybridConfig
 from edgeseq.models.hybrid_attention import AttentionConfig
+from edgeseq.models.jamba import JambaConfig
 from edgeseq.models.mamba import MambaShape
 from edgeseq.models.mamba2 import SSDConfig
 from edgeseq.models.moe import MoeConfig
+from edgeseq.models.qwen3_next import Qwen3NextConfig
 from edgeseq.models.samba import SambaConfig
 from edgeseq.models.transformer import RopeConfig
 from edgeseq.models.zamba2 import Zamba2Config
@@ -27,6 +30,14 @@ HYBRIDS = {
     "granite-hybrid-odd": GraniteHybridConfig(
         53, 30, 3, (0,), AttentionConfig(30, 6, 2, 10, scale=0.3), SSDConfig(30, 4, 9, 5, n_groups=2), 22,
         MoeConfig(5, 2, 7, d_shared=22), tie=False, embed_scale=1.7,
+    ),
+    "jamba-odd": JambaConfig(
+        53, 30, 3, (1,), (0, 2), AttentionConfig(30, 6, 2, 5),
+        MambaShape(30, 44, 5, d_conv=3, dt_rank=3, proj_bias=True), 11, n_experts=5, top_k=3,
+    ),
+    "qwen3-next-odd": Qwen3NextConfig(
+        53, 30, 3, (1,), (2,), AttentionConfig(30, 6, 2, 10, bias=True), DeltaConfig(30, 2, 6, 7, 5, d_conv=3),
+        MoeConfig(5, 2, 11, d_shared=7, shared_gate=True), 22, 4,
     ),
     "samba-odd": SambaConfig(
         53, 30, 3, (0, 2), AttentionConfig(30, 6, 2, 10, bias=True, window=5),
