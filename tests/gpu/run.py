@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +56,33 @@ def one(folder: Path, only: set[str], tokens: int) -> None:
     def say(name: str, verdict: str, note: str, **more: Any) -> None:
         print(json.dumps({"case": folder.name, "check": name, "verdict": verdict, "note": note, **more}), flush=True)
 
+    facts = json.loads((folder / "expect.json").read_text())
     try:
         refill(folder / "gpu")
-        poisoned = Model(folder / "gpu", poison=True)
+        if "tokens" in facts:
+            check(folder, only, say)
+        if not only or "speed" in only:
+            model = Model(folder / "gpu")
+            say("device", "ok", model.device.text.decode())
+            made = measure(model, facts, tokens)
+            say("speed", "ok", summary(made), measured=made, launches=facts.get("launches"))
     except (Refused, OSError) as error:
         say("open", "FAILED", str(error))
-        return
-    say("open", "ok", poisoned.device.text.decode())
-    facts = json.loads((folder / "expect.json").read_text())
-    if "tokens" in facts:
-        case = Case(folder, poisoned)
-        for name, check in CHECKS.items():
-            if only and name not in only:
-                continue
-            try:
-                say(name, "ok", check(case))
-            except (Wrong, Refused) as error:
-                say(name, "FAILED", str(error))
-            except Exception:
-                say(name, "FAILED", traceback.format_exc(limit=2).strip().splitlines()[-1])
-    if not only or "speed" in only:
+
+
+def check(folder: Path, only: set[str], say: Callable[[str, str, str], None]) -> None:
+    """Every comparison, with scratch memory full of NaN."""
+    model = Model(folder / "gpu", poison=True)
+    case = Case(folder, model)
+    for name, run in CHECKS.items():
+        if only and name not in only:
+            continue
         try:
-            made = measure(Model(folder / "gpu"), facts, tokens)
-            say("speed", "ok", summary(made), measured=made, launches=facts.get("launches"))
-        except Refused as error:
-            say("speed", "FAILED", str(error))
+            say(name, "ok", run(case))
+        except (Wrong, Refused) as error:
+            say(name, "FAILED", str(error))
+        except Exception:
+            say(name, "FAILED", traceback.format_exc(limit=2).strip().splitlines()[-1])
 
 
 def summary(made: dict[str, Any]) -> str:
