@@ -122,7 +122,7 @@ def random_tensor(c: Any, name: str, shape: tuple[int, ...], rng: np.random.Gene
 
 
 FAMILY = Family(
-    name="expert_choice",
+    name="expert-choice",
     config=ExpertChoiceConfig,
     model=ExpertChoice,
     checkpoint=None,

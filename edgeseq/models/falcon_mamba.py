@@ -54,7 +54,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> FalconMambaConfig:
 
 
 FAMILY = Family(
-    name="falcon_mamba",
+    name="falcon-mamba",
     config=FalconMambaConfig,
     model=FalconMamba,
     checkpoint=Checkpoint(model_types=("falcon_mamba",), config=config_from_hf, tensors=mamba.hf_tensors),

@@ -331,7 +331,7 @@ def hf_tensors(c: RecurrentGemmaConfig) -> dict[str, StoredTensor]:
 
 
 FAMILY = Family(
-    name="recurrent_gemma",
+    name="recurrent-gemma",
     config=RecurrentGemmaConfig,
     model=RecurrentGemma,
     checkpoint=Checkpoint(model_types=("recurrent_gemma",), config=config_from_hf, tensors=hf_tensors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -124,6 +125,25 @@ def _huggingface(family: str, fields: dict[str, Any], where: Path) -> tuple[str,
     return str(where), lambda tokens: reference(tokens, use_cache=False).logits
 
 
+FAMILIES = {
+    "mixtral": ("test_mixtral", "mixtral", "gqa"),
+    "mixtral-window": ("test_mixtral", "mixtral", "window"),
+    "falcon-mamba": ("test_falcon_mamba", "falcon", "odd"),
+    "recurrent-gemma": ("test_recurrent_gemma", "gemma", "odd"),
+}
+"""Module of tests/models, its function (fields, folder) -> the reference saved there, and its case."""
+
+
+def _family(name: str, where: Path) -> Model:
+    module, function, case = FAMILIES[name]
+    cases = importlib.import_module(f"tests.models.{module}")
+    make, fields = getattr(cases, function), cases.CASES[case]
+    once(where, lambda path: make(fields, path))
+    with tempfile.TemporaryDirectory() as again:
+        reference = make(fields, Path(again))
+    return Model(name, str(where), lambda tokens: reference(tokens, use_cache=False).logits, fields["vocab_size"])
+
+
 def _retnet(where: Path) -> tuple[str, Whole]:
     path = once(where.with_suffix(".py"), lambda path: path.write_text(RETNET))
     scope: dict[str, Any] = {}
@@ -177,6 +197,8 @@ def model(name: str) -> Model:
     where = folder() / name
     if name == "retnet":
         return Model(name, *_retnet(where), 53)
+    if name in FAMILIES:
+        return _family(name, where)
     family, fields = {
         "mamba": ("mamba", MAMBA), "llama-gqa": ("llama", GQA), "llama-odd-heads": ("llama", ODD_HEADS),
         "mamba-biased": ("mamba", BIASED),

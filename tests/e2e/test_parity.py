@@ -10,9 +10,9 @@ import pytest
 
 import edgeseq
 
-from .support import COUNT, QEMU, close, done, driver, ids, model
+from .support import COUNT, FAMILIES, QEMU, close, done, driver, ids, model
 
-SLOW = ("retnet", "llama-odd-heads", "mamba-biased")
+SLOW = ("retnet", "llama-odd-heads", "mamba-biased", *FAMILIES)
 NAMES = ["mamba", "llama-gqa", "retnet", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW[1:])]
 emulated = pytest.mark.skipif(QEMU is None, reason="qemu-user-static is not installed")
 
