@@ -85,6 +85,12 @@ class EnergyMeter:
             total += new - old if new >= old else new - old + (_number(zone.parent / "max_energy_range_uj") or 0)
         return total / 1e6 if self._zones else None
 
+    def clock_mhz(self) -> float | None:
+        return clock_mhz()
+
+    def temperature_c(self) -> float | None:
+        return temperature_c()
+
 
 def _text(path: Path) -> str:
     try:

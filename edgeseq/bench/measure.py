@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from edgeseq.bench.cases import Case
 from edgeseq.bench.engines import Engine, Placed
-from edgeseq.bench.machine import EnergyMeter, clock_mhz, temperature_c
+from edgeseq.bench.machine import EnergyMeter
+from edgeseq.bench.nvml import GpuMeter
 from edgeseq.verify.report import Array
 
 LEAST, MOST, LEAST_NS = 5, 30, 200_000_000
@@ -17,6 +19,16 @@ SETTLE_SECONDS = 0.02
 """Rest before a repetition when there are several contenders: the threads of the one before stop spinning."""
 
 Progress = Callable[[str, int, int], None]
+
+
+class Meter(Protocol):
+    """What the processor that does the work says of itself; None for what it does not."""
+
+    def joules(self) -> float | None: ...
+
+    def clock_mhz(self) -> float | None: ...
+
+    def temperature_c(self) -> float | None: ...
 
 
 @dataclass
@@ -43,7 +55,7 @@ def measure(
 ) -> Iterator[tuple[Case, Engine, Samples]]:
     """Run every test on every engine, `repetitions` times (see `enough`). Yields test by test, in the order of
     `cases`, the engines in turn."""
-    meter = EnergyMeter()
+    meters: list[Meter] = [GpuMeter() if engine.backend == "CUDA" else EnergyMeter() for engine in engines]
     for index, case in enumerate(cases):
         progress("timing", index, len(cases))
         samples = [Samples() for _ in engines]
@@ -52,7 +64,7 @@ def measure(
             record.placed = engine.placed
             _warm(engine, case)
         while not enough(samples, repetitions):
-            for engine, record in zip(engines, samples, strict=True):
+            for engine, record, meter in zip(engines, samples, meters, strict=True):
                 _repeat(engine, case, record, meter, buffer, settle=len(engines) > 1)
         yield from ((case, engine, record) for engine, record in zip(engines, samples, strict=True))
     progress("timing", len(cases), len(cases))
@@ -75,7 +87,7 @@ def _warm(engine: Engine, case: Case) -> None:
         engine.decode(min(case.n_gen, WARM_TOKENS))
 
 
-def _repeat(engine: Engine, case: Case, record: Samples, meter: EnergyMeter, buffer: Array, settle: bool) -> None:
+def _repeat(engine: Engine, case: Case, record: Samples, meter: Meter, buffer: Array, settle: bool) -> None:
     engine.restore()
     if settle:
         time.sleep(SETTLE_SECONDS)
@@ -94,7 +106,7 @@ def _repeat(engine: Engine, case: Case, record: Samples, meter: EnergyMeter, buf
     joules = meter.joules()
     if joules is not None:
         record.joules.append(joules)
-    record.clock_mhz, record.temperature_c = clock_mhz(), temperature_c()
+    record.clock_mhz, record.temperature_c = meter.clock_mhz(), meter.temperature_c()
     if len(record.read_bw) >= LEAST:
         return
     for rate, rates in (

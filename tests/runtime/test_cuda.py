@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +29,8 @@ UNLOADING = {
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> cb.Fake:
-    return cb.Fake(cb.library(tmp_path_factory.mktemp("cuda") / "libfake.so"))
-
-
-@pytest.fixture
-def fake(library: cb.Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[cb.Fake]:
-    """The fake driver in the place of the real one; afterwards nothing is left of the test on it."""
-    monkeypatch.setenv("EDGESEQ_CUDA_LIBRARY", str(library.path))
-    monkeypatch.delenv("EDGESEQ_CUDA_DEVICE", raising=False)
-    library.reset()
-    yield library
-    library.reset()
-    assert library.live == 0, f"{library.live} things are left on the device"
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cb.bundle(tmp_path_factory.mktemp("cuda") / "bundle", cb.parts())
+def bundle(cuda_plan: Path) -> Path:
+    return cuda_plan
 
 
 def opened(directory: Path, p: Parts) -> Model:
