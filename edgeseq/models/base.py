@@ -143,6 +143,7 @@ class Checkpoint:
     aliases:     other spellings, tried when a name is absent: (stored name -> alternative name).
     tied:        stored name -> our tensor it repeats when the config ties them; its values are compared.
     ignored:     endings of stored names that are no parameters (buffers old checkpoints carry).
+    beside:      how stored names of another model begin that lies in the same files (a head that drafts tokens).
     optional_prefix: how stored names begin in some checkpoints only.
     """
 
@@ -153,6 +154,7 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "embed.weight"})
     ignored: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     optional_prefix: str = ""
 
 

@@ -146,7 +146,8 @@ def resolve(checkpoint: Checkpoint, config: Any, files: TensorFiles) -> dict[str
             files.check(name, resolved[ours].shape)
             if not np.array_equal(files.read(name), files.read(resolved[ours].name)):
                 raise SourceError(f"config.json ties {name} to {resolved[ours].name}, but their values differ")
-    unknown = sorted(name for name in surplus if not name.endswith(checkpoint.ignored))
+    aside = {name for name in surplus if name.endswith(checkpoint.ignored) or name.startswith(checkpoint.beside)}
+    unknown = sorted(surplus - aside)
     if unknown:
         raise SourceError(f"The checkpoint also holds {_few(unknown)}, which this model has no place for")
     for tensor in pieces:

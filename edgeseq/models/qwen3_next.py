@@ -13,7 +13,8 @@ One layer, with x the residual stream [B,T,d], at position p:
   q, k, v = rms_norm_per_head(W_q h), rms_norm_per_head(W_k h), W_v h         q and k rotated in a quarter of a head
   x = x + W_o(attention(q, k, v) * sigmoid(W_g h))
   h = rms_norm(x);  x = x + experts(h)
-The norms of a checkpoint are centred at zero: its weight w stands for 1 + w, which is what is read.
+The norms of a checkpoint are centred at zero: its weight w stands for 1 + w, which is what is read. The head that
+drafts further tokens (`mtp.`) is left where it is, as Hugging Face's class leaves it.
 State of a layer: attention.key and attention.value [1,Hk,M,e], or delta_net.conv_q, conv_k [1,k-1,G K], conv_v
 [1,k-1,Hv V] and delta_net.delta [1,Hv,K,V].
 """
@@ -246,7 +247,11 @@ FAMILY = Family(
     config=Qwen3NextConfig,
     model=Qwen3Next,
     checkpoint=Checkpoint(
-        model_types=("qwen3_next",), config=config_from_hf, tensors=hf_tensors, ignored=("rotary_emb.inv_freq",)
+        model_types=("qwen3_next",),
+        config=config_from_hf,
+        tensors=hf_tensors,
+        ignored=("rotary_emb.inv_freq",),
+        beside=("mtp.",),
     ),
     # Qwen/Qwen3-Next-80B-A3B-Instruct: one layer in four attends, 10 of 512 experts.
     zoo={
