@@ -203,7 +203,7 @@ def test_info_says_what_the_file_says(model: Model) -> None:
     blocks = info.state_bytes + info.io_bytes + info.arena_bytes
     if gpu:
         assert info.device_session_bytes == blocks and info.session_bytes < info.state_bytes
-        assert info.device.startswith("OpenCL, ") and info.threads == 1
+        assert info.device.startswith(("OpenCL, ", "CUDA, ")) and info.threads == 1
     else:
         assert info.device_session_bytes == 0 and info.session_bytes > blocks
         assert info.device.startswith(f"CPU, {info.threads} thread")

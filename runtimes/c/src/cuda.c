@@ -169,7 +169,7 @@ static es_status es_i_cu_describe(const es_i_device *handle, char *text, size_t 
         return ES_E_ROOM;
     if (device->api.device_memory(&bytes, device->id) != ES_CU_OK)
         bytes = 0;
-    (void)snprintf(text, capacity, "%s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
+    (void)snprintf(text, capacity, "CUDA, %s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
                    device->minor, (double)bytes / (double)(1u << 30), device->driver / 1000,
                    device->driver % 1000 / 10);
     return ES_OK;
