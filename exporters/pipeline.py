@@ -3,6 +3,7 @@
 | stage | function | file | artefact |
 |---|---|---|---|
 | open | edgeseq.models.source.open_source | models/source.py | module on the meta device |
+| distill | distilled | distill.py | modes for long filters, distillation.json |
 | trace | trace | trace.py | torch's ONNX graph per chunk length |
 | tidy | tidy | tidy.py | small graph with readable names |
 | quantise | quantise_graph | quantise.py, rounding.py | products and lookups of block-quantised matrices |
@@ -33,6 +34,7 @@ from edgeseq.files import new_directory
 from edgeseq.models.base import SequenceModel, signature_of
 from edgeseq.models.user import has_chunks
 from edgeseq.spec import DType, GraphFile, Manifest, StepSignature
+from exporters import distill as distillation
 from exporters import golden, lower, weights
 from exporters.quantise import Quantised, quantise_graph
 from exporters.rounding import BITS, quantise
@@ -70,6 +72,8 @@ def export(
     context: int | None = None,
     dtype: str = "fp32",
     calibrate: int | None = None,
+    distill: int | None = None,
+    distill_tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the step graph, the chunk graphs and one copy of the weights of `source` into the directory `out`.
@@ -83,6 +87,9 @@ def export(
               float32.
     calibrate: tokens the model writes for itself, so that int4 rounding corrects its errors for the inputs they make; 0
               for none; None for 4096 where the weights are learned and at most 1e9. Needs the model in memory.
+    distill:  modes that replace each long filter, whose state then no longer grows; a layer of which one channel would
+              be wrong by more than `distill_tolerance` (relative, 0.02 by default) keeps its exact filters. What that
+              changed is written to distillation.json.
     progress: called as progress(what, done, total); total 0 means that the end is not known.
     Raises UsageError for a wrong request, SourceError and ExportError for a model that cannot be exported. `out`
     appears whole or not at all; an earlier export there is replaced.
@@ -93,12 +100,19 @@ def export(
         from edgeseq.models.source import open_source
 
         source = open_source(source)
+    modes = None
+    if distill is not None:
+        source, modes = distillation.distilled(source, distill, distill_tolerance, request.report)
+    elif distill_tolerance is not None:
+        raise UsageError("a tolerance of distillation needs an order", "add --distill ORDER")
     model = source.build("meta").eval()
     longest = getattr(model, "longest", None)
     if context is None and longest is not None:
         request = dataclasses.replace(request, context=min(DEFAULT_CONTEXT, longest))
     signatures = _signatures(model, request)
     with new_directory(Path(out), is_export, "previous export") as directory:
+        if modes is not None:
+            distillation.save(directory, modes)
         return _write(directory, source, model, signatures, request)
 
 
@@ -150,7 +164,7 @@ class Request:
 def is_export(directory: Path) -> bool:
     """Whether everything in `directory` is something that an export writes, so that replacing it loses nothing else."""
     names = {path.name for path in directory.iterdir()}
-    own = {"manifest.json", "tokenizer.json", weights.FILE, golden.FILE}
+    own = {"manifest.json", "tokenizer.json", weights.FILE, golden.FILE, distillation.FILE}
     return "manifest.json" in names and all(n in own or n == "step.onnx" or _is_chunk(n) for n in names)
 
 

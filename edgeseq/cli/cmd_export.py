@@ -68,6 +68,18 @@ def export_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("export")
 @click.argument("source", metavar="SOURCE")
 @export_options
+@click.option(
+    "--distill",
+    metavar="ORDER",
+    type=int,
+    help="Turn long convolutions (Hyena) into this many modes per channel, whose state does not grow.",
+)
+@click.option(
+    "--distill-tolerance",
+    metavar="ERROR",
+    type=float,
+    help="Layers with a larger relative error keep their exact filters.  [default: 0.02]",
+)
 def command(source: str, out: Path, **options: Any) -> None:
     """Export a model as ONNX step and chunk graphs.
 
@@ -80,4 +92,23 @@ def command(source: str, out: Path, **options: Any) -> None:
         from exporters import export
 
         export(source, out, progress=show, **options)
+    if options["distill"] is not None:
+        _say_what_was_distilled(out)
     click.echo(str(out))
+
+
+def _say_what_was_distilled(out: Path) -> None:
+    from edgeseq.cli.table import table
+    from exporters.distill import load
+
+    facts = load(out)
+    rows = [
+        (
+            layer["layer"],
+            f"{layer['modes']} modes" if layer["modes"] else "kept exact",
+            *(f"{100 * layer[name]:.2g} %" for name in ("error", "median", "beyond")),
+        )
+        for layer in facts["layers"]
+    ]
+    click.echo(f"Filters as {facts['order']} modes, at most {100 * facts['tolerance']:g} % of error in any channel:")
+    click.echo(table(rows, ["layer", "", "worst channel", "median", "past the horizon"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
 from edgeseq.spec import StateSlot, StepSignature, TensorSpec
+
+if TYPE_CHECKING:
+    from edgeseq.models.distill import Distilled
 
 Growth = Literal["constant", "window", "linear"]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -189,6 +192,7 @@ class Family:
     bare:          how it reads a file of tensors without a config, where such files exist.
     derive:        (config, tensor name, read) -> what an export computes once from other tensors (the step matrices of
                    a continuous model, the taps of a filter given as a network): every buffer that is no constant.
+    distil:        how its long filters become modes, where it has any: (config, read, order, tolerance, progress).
     other_checkpoints: further ways in which its tensors are stored, tried after `checkpoint`.
     """
 
@@ -205,12 +209,13 @@ class Family:
     constants: Callable[[Any], dict[str, Array]] = lambda config: {}
     bare: BareCheckpoint | None = None
     other_checkpoints: tuple[Checkpoint, ...] = ()
+    derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
+    distil: Callable[..., Distilled] | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every way in which it reads a directory."""
         return (() if self.checkpoint is None else (self.checkpoint,)) + self.other_checkpoints
-    derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
 
     def derived(self, config: Any) -> tuple[str, ...]:
         """Names of the tensors that `derive` computes."""

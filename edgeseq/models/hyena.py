@@ -40,20 +40,22 @@ import torch
 from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
+from edgeseq.models import distill, parallel, scan_op, state_space
 from edgeseq.models import functional as ops
-from edgeseq.models import parallel, scan_op, state_space
 from edgeseq.models.base import Array, Family, last_logits
+from edgeseq.models.distill import Distilled, LayerReport
 from edgeseq.models.stack import Mixer, Stack
 from edgeseq.models.stack import random_tensor as stack_tensor
 from edgeseq.spec import StateSlot
 
 SLOW, FAST = math.log(100) / 1.5, math.log(100) / 0.3  # decay at the horizon: to a hundredth after 1.5 or 0.3 of it
-FREQUENCY = 10.0  # of the sines at the start
 
 
 @dataclass(frozen=True)
 class HyenaConfig:
     """Shape of a Hyena; `horizon` is R, `filter_bands` (E - 1) / 2, `tie` shares embedding and head.
+
+    frequency: of the sines at the start: the smaller, the smoother the filters.
 
     modal: modes of each layer's distilled filters, 0 for an exact layer; empty: all are exact.
     """
@@ -67,11 +69,13 @@ class HyenaConfig:
     d_conv: int = 3
     filter_width: int = 64
     filter_bands: int = 2
+    frequency: float = 10.0
     modal: tuple[int, ...] = ()
     eps: float = 1e-6
     tie: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modal", tuple(self.modal))  # a list when it comes from a manifest
         if self.order < 2:
             raise SourceError(f"A Hyena of order {self.order} has no long filter", "give an order of at least 2")
         if self.horizon < 1 or self.d_conv < 2 or self.filter_bands < 1:
@@ -212,15 +216,42 @@ def derive(c: HyenaConfig, name: str, read: Callable[[str], Array]) -> Array:
     return np.ascontiguousarray(found[int(leaf.removeprefix("taps"))])
 
 
+def distil(
+    c: HyenaConfig, read: Callable[[str], Array], order: int, tolerance: float, progress: Callable[[int, int], None]
+) -> Distilled:
+    """Fit `order` modes to every exact filter; a layer of which one channel's error exceeds `tolerance` stays exact.
+
+    read: tensors of the exact model by name. progress: called with the layers done and their number.
+    """
+    modes, tensors, layers = list(c.modes), {}, []
+    for i in range(c.n_layers):
+        progress(i, c.n_layers)
+        if modes[i]:
+            continue
+        mixer = f"layers.{i}.mixer"
+        fits = [distill.fit(derive(c, f"{mixer}.taps{j}", read), order) for j in range(c.order - 1)]
+        error = max(float(f.error.max()) for f in fits)
+        modes[i] = order if error <= tolerance else 0
+        median = max(float(np.median(f.error)) for f in fits)
+        layers.append(LayerReport(i, modes[i], error, median, max(float(f.beyond.max()) for f in fits)))
+        if modes[i]:
+            for j, f in enumerate(fits):
+                skip = read(f"{mixer}.skips.{j}").astype(np.float64) + f.rest
+                tensors |= {f"{mixer}.poles.{j}": f.poles, f"{mixer}.residues.{j}": f.residues}
+                tensors[f"{mixer}.skips.{j}"] = skip.astype(np.float32)
+    progress(c.n_layers, c.n_layers)
+    return Distilled(replace(c, modal=tuple(modes) if any(modes) else ()), tensors, tuple(layers), order, tolerance)
+
+
 def random_tensor(c: HyenaConfig, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Published first values: sines of frequency 10 over layers uniform in +-1/sqrt(fan in); skips Gaussian.
+    """Published first values: sines of one frequency over layers uniform in +-1/sqrt(fan in); skips Gaussian.
 
     Poles and residues of a distilled layer, where none were fitted, are slow modes as S4D has them.
     """
     _, _, inner = name.partition(".filter.")
     leaf = name.rsplit(".", 1)[-1]
     if inner == "frequency":
-        return np.full(shape, FREQUENCY, np.float32)
+        return np.full(shape, c.frequency, np.float32)
     if inner:
         fan_in = {"first": 1 + 2 * c.filter_bands}.get(inner.split(".")[0], c.filter_width)
         return rng.uniform(-(fan_in**-0.5), fan_in**-0.5, shape).astype(np.float32)
@@ -241,10 +272,11 @@ FAMILY = Family(
     checkpoint=None,
     # The paper's 153M (appendix A): 18 layers of 864; a gated feed-forward of 1152 weighs what its 1728 do.
     zoo={"hyena-153m": HyenaConfig(50257, 864, 18, 1152, 2048)},
-    tiny=HyenaConfig(256, 128, 4, 216, 256),
+    tiny=HyenaConfig(256, 128, 4, 216, 256, frequency=1.0),
     state_formula="4 L d ((o-1) T + (k-1)(o+1)); 4 L d ((o-1) 2 N + (k-1)(o+1)) distilled",
     growth="linear",
     ops=("causal_conv", "long_conv", "diag_scan"),
     random_tensor=random_tensor,
     derive=derive,
+    distil=distil,
 )

@@ -43,14 +43,15 @@ class TorchStream:
 
 
 def _rebuilt(manifest: Manifest, directory: Path) -> Any:
-    """The source's module: with the source's weights, or with the export's where those were rounded on the way."""
+    """The source's module: with its own weights, or with the export's where they were rounded or fitted on the way."""
     from edgeseq.models.source import open_source
-    from exporters import golden
+    from exporters import distill, golden
 
     source = open_source(manifest.source)
-    if (manifest.quant, manifest.dtype) == ("none", "float32"):
+    distilled = (directory / distill.FILE).is_file()
+    if (manifest.quant, manifest.dtype, distilled) == ("none", "float32", False):
         return source.build("cpu")
-    model = source.build("meta")
+    model = distill.rebuilt(manifest) if distilled else source.build("meta")
     golden.load(model, directory / "weights.safetensors")
     return model
 
