@@ -12,36 +12,45 @@ Row = dict[str, Any]
 
 
 def _families() -> list[Row]:
-    from edgeseq.models import families
+    """Token models first, then those with named inputs; what a family lacks is an empty list."""
+    from edgeseq.models import families, step_families
     from edgeseq.models.pth import SUFFIXES
     from edgeseq.models.source import zoo_of
+    from edgeseq.models.state_bytes import per_layer
 
+    loaded = {
+        family.name: [
+            *(kind for checkpoint in family.checkpoints for kind in checkpoint.model_types),
+            *(SUFFIXES if family.bare else ()),
+        ]
+        for family in families().values()
+    }
+    records = [*families().values(), *step_families().values()]
     return [
         {
-            "name": family.name,
-            "growth": family.growth,
-            "state_bytes": family.state_formula,
-            "ops": list(family.ops),
-            "loads": [
-                *(kind for checkpoint in family.checkpoints for kind in checkpoint.model_types),
-                *(SUFFIXES if family.bare else ()),
-            ],
-            "zoo": list(zoo_of(family)),
+            "name": record.name,
+            "inputs": "tokens" if record.name in loaded else "named",
+            "growth": record.growth,
+            "state_bytes": record.state_formula,
+            "state_bytes_per_layer": per_layer(record.state_formula),
+            "ops": list(record.ops),
+            "loads": loaded.get(record.name, []),
+            "zoo": list(zoo_of(record)),
         }
-        for family in families().values()
+        for record in records
     ]
 
 
 def _zoo() -> list[Row]:
-    from edgeseq.models import families
+    from edgeseq.models import families, step_families
     from edgeseq.models.source import zoo_of
 
     rows = []
-    for family in families().values():
-        for name, config in zoo_of(family).items():
-            weights = "trained" if config is family.tiny else "random, seeded"
-            params = family.param_count(config)
-            rows.append({"name": f"zoo:{name}", "family": family.name, "params": params, "weights": weights})
+    for record in [*families().values(), *step_families().values()]:
+        for name, config in zoo_of(record).items():
+            weights = "trained" if config is record.tiny else "random, seeded"
+            params = record.param_count(config)
+            rows.append({"name": f"zoo:{name}", "family": record.name, "params": params, "weights": weights})
     return rows
 
 
@@ -88,7 +97,7 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
     "zoo": _zoo,
 }
 SHOWN = {
-    "families": ("name", "growth", "state_bytes", "ops", "loads"),
+    "families": ("name", "growth", "state_bytes", "state_bytes_per_layer", "ops", "loads"),
     "targets": ("name", "triple", "cpu", "description"),
     "devices": ("name", "triple", "cpu", "cores", "transport", "description"),
     "zoo": ("name", "family", "params", "weights"),
@@ -111,6 +120,8 @@ def command(what: str, as_json: bool) -> None:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count}: {formula}" for count, formula in value.items())
     if isinstance(value, list):
         return ", ".join(value) or "-"
     if isinstance(value, int):

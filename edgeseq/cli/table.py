@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+NUMBER = re.compile(r"(\d[\d .,]*( ?[A-Za-z%/]+)?)?|-")  # with its unit; nothing and a dash stand for none
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), indent: str = "  ") -> str:
@@ -17,7 +20,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), indent: 
 
 
 def _is_number(value: object) -> bool:
-    return str(value)[:1].isdigit() or str(value) in ("", "-")
+    return NUMBER.fullmatch(str(value)) is not None
 
 
 def size(nbytes: int) -> str:

@@ -184,7 +184,7 @@ class Family:
 
     zoo:           public shapes with seeded random weights, by zoo name.
     tiny:          the shape of `zoo:tiny-<name>`, trained and shipped.
-    state_formula: bytes of state as a formula in the family's letters.
+    state_formula: bytes of state as a formula in the family's letters (`state_bytes.py`).
     growth:        how the state grows with the sequence.
     ops:           the stateful operators its step uses.
     random_tensor: (config, tensor name, shape, rng) -> float32 weights at scales that keep long runs finite.
@@ -193,6 +193,7 @@ class Family:
     derive:        (config, tensor name, read) -> what an export computes once from other tensors (the step matrices of
                    a continuous model, the taps of a filter given as a network): every buffer that is no constant.
     distil:        how its long filters become modes, where it has any: (config, read, order, tolerance, progress).
+    letters:       (config, context) -> letters of the formula that are no field of the usual name.
     other_checkpoints: further ways in which its tensors are stored, tried after `checkpoint`.
     """
 
@@ -211,6 +212,7 @@ class Family:
     other_checkpoints: tuple[Checkpoint, ...] = ()
     derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
     distil: Callable[..., Distilled] | None = None
+    letters: Callable[[Any, int], Mapping[str, float]] | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

@@ -115,6 +115,13 @@ def test_list_devices_and_targets(capfd: pytest.CaptureFixture[str]) -> None:
 def test_list_families_and_zoo(capfd: pytest.CaptureFixture[str]) -> None:
     families = {f["name"]: f for f in json.loads(_run(capfd, "list", "families", "--json"))}
     assert families["mamba"]["growth"] == "constant" and "mamba" in families["mamba"]["loads"]
+    assert families["mamba"]["state_bytes_per_layer"] == {"L": "4 D (N + k - 1)"}
+    assert families["mamba"]["ops"] == ["causal_conv", "selective_scan"] and families["mamba"]["inputs"] == "tokens"
+    assert families["dnc"]["inputs"] == "named" and families["dnc"]["zoo"]
+    for family in families.values():
+        assert family["growth"] in ("constant", "window", "linear") and family["state_bytes_per_layer"]
+    told = _run(capfd, "list", "families")
+    assert all(f["name"] in told and f["state_bytes"] in told for f in families.values())
     zoo = {z["name"]: z for z in json.loads(_run(capfd, "list", "zoo", "--json"))}
     assert zoo["zoo:mamba-130m"]["params"] == 129_135_360
     assert zoo["zoo:tiny-mamba"]["weights"] == "trained"

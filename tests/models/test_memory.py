@@ -22,12 +22,12 @@ from edgeseq.models.dnc import DncConfig, allocation
 from edgeseq.models.nsm import NsmConfig
 from edgeseq.models.ntm import NtmConfig
 from edgeseq.models.source import load_weights, open_source, zoo_of
+from edgeseq.models.state_bytes import parsed
 from edgeseq.models.step_family import StepModel
 from edgeseq.verify import verify
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
 from tests.models import memory_numpy as paper
-from tests.models.formulas import value
 
 ODD: dict[str, Any] = {
     "ntm-1r1w": NtmConfig(5, 3, 14, 9, 7),
@@ -150,7 +150,7 @@ def test_the_declared_state_is_what_a_step_returns(name: str) -> None:
     _, state = stepped(name, drawn(name)[:2])
     assert [tuple(t.shape) for t in state] == [s.shape for s in slots]
     record = step_families()[name.split("-")[0]]
-    assert sum(s.nbytes for s in slots) == value(record.state_formula, record.letters(ODD[name]))
+    assert sum(s.nbytes for s in slots) == parsed(record.state_formula).value(record.letters(ODD[name]))
 
 
 def test_ties_in_usage_go_by_index() -> None:
