@@ -34,7 +34,16 @@ class Model:
     def ask(self, status: int, why: abi.Error | None = None) -> None:
         if status != abi.OK:
             text = why.text.decode(errors="replace") if why is not None else ""
-            raise Refused(text or self.lib.es_status_text(status).decode())
+            text = text or self.lib.es_status_text(status).decode()
+            raise Refused(f"{text} {self.failure()}" if status & 0xFF == abi.CLASS_DEVICE and self.handle else text)
+
+    def failure(self) -> str:
+        """What the driver refused last."""
+        facts = abi.DeviceInfo()
+        if self.lib.es_model_device(self.handle, byref(facts)) != abi.OK:
+            return ""
+        _, found, words = facts.text.decode(errors="replace").partition("; failed: ")
+        return f"[{words}]" if found else ""
 
     def session(self) -> Session:
         handle, why = c_void_p(), abi.Error()

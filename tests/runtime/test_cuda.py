@@ -265,6 +265,10 @@ def test_an_illegal_access_loses_the_device_and_not_the_app(fake: cb.Fake, bundl
                      lambda: other.reset(), lambda: model.session(), lambda: other.generate_timed(3)):  # fmt: skip
             with pytest.raises(RuntimeFailure, match="lost"):
                 call()
+        assert (
+            "failed: running a graph: an illegal memory access was encountered (700)"
+            in model._read_device().text.decode()
+        )
     assert fake.live == 0
     fake.reset()
     assert scenario(bundle)

@@ -161,17 +161,23 @@ static void es_i_cu_close(es_i_device *handle)
     free(device);
 }
 
+/* After a failure its words too: most calls of the interface return no sentence. */
 static es_status es_i_cu_describe(const es_i_device *handle, char *text, size_t capacity)
 {
-    const es_i_cu_device *device = (const es_i_cu_device *)(const void *)handle;
+    es_i_cu_device *device = (es_i_cu_device *)(uintptr_t)handle;
     size_t bytes = 0;
     if (text == NULL || capacity == 0)
         return ES_E_ROOM;
     if (device->api.device_memory(&bytes, device->id) != ES_CU_OK)
         bytes = 0;
-    (void)snprintf(text, capacity, "CUDA, %s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
-                   device->minor, (double)bytes / (double)(1u << 30), device->driver / 1000,
-                   device->driver % 1000 / 10);
+    int n = snprintf(text, capacity, "CUDA, %s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
+                     device->minor, (double)bytes / (double)(1u << 30), device->driver / 1000,
+                     device->driver % 1000 / 10);
+    if (n < 0 || (size_t)n >= capacity || __atomic_exchange_n(&device->noting, 1, __ATOMIC_ACQUIRE))
+        return ES_OK;
+    if (device->failed[0] != '\0')
+        (void)snprintf(text + n, capacity - (size_t)n, "; failed: %s", device->failed);
+    __atomic_store_n(&device->noting, 0, __ATOMIC_RELEASE);
     return ES_OK;
 }
 

@@ -4,6 +4,7 @@
 #ifdef ES_WITH_CUDA
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +30,12 @@ es_status es_i_cu_check(es_i_cu_device *device, es_i_cu_result result, const cha
     (void)device->api.error_name(result, &name);
     (void)device->api.error_text(result, &text);
     int lost = es_i_cu_sticky(result);
+    if (!__atomic_exchange_n(&device->noting, 1, __ATOMIC_ACQUIRE)) {
+        if (!__atomic_load_n(&device->lost, __ATOMIC_RELAXED)) /* what comes after a loss says nothing new */
+            (void)snprintf(device->failed, sizeof device->failed, "%s: %s (%d)", what, text != NULL ? text : "",
+                           result);
+        __atomic_store_n(&device->noting, 0, __ATOMIC_RELEASE);
+    }
     if (lost)
         __atomic_store_n(&device->lost, 1, __ATOMIC_RELEASE);
     return es_i_fail(why, lost ? ES_E_DEVICE_LOST : ES_E_DEVICE_LAUNCH, "CUDA: %s failed%s: %s (%s, %d)", what,

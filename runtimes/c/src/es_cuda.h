@@ -115,6 +115,8 @@ typedef struct {
     uint32_t n_spans;
     es_i_cu_ptr weights;
     char name[96];
+    char failed[128]; /* what the driver refused last, for describe; whoever sets `noting` writes or reads it */
+    int noting;
 } es_i_cu_device;
 
 enum { ES_CU_SLOTS = 4 };   /* pinned copies of the io block; number 0 is for runs that wait */
