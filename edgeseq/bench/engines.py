@@ -23,17 +23,20 @@ Placed = Literal["fresh", "prefill", "state"]
 PLACING_SECONDS = 20.0
 """What an engine may spend on reading prompts to get to its depths; beyond that it loads a made-up state."""
 PIECE = 512
+BACKENDS = {"cpu": "CPU", "opencl": "OpenCL", "cuda": "CUDA"}
+"""What runs a bundle, as rows call it; every other backend is a rival."""
 SEED = 3
 
 
 class Engine(ABC):
     """One contender.
 
-    name: what rows call it. backend: "CPU" for a bundle, else the rival's name. plan: None for a rival, whose traffic
-    is not counted. context: longest sequence, 0 = unbounded.
+    name: what rows call it. backend: of BACKENDS for a bundle, else the rival's name. plan: None for a rival, whose
+    traffic is not counted. context: longest sequence, 0 = unbounded. gpu: the GPU that a bundle runs on, in a line.
     """
 
     plan: Plan | None = None
+    gpu: str = ""
 
     def __init__(self, name: str, backend: str, threads: int, context: int, vocabulary: int) -> None:
         self.name, self.backend, self.threads = name, backend, threads
@@ -130,7 +133,8 @@ class BundleEngine(Engine):
         if not info.takes_tokens:
             self.model.close()
             raise UsageError(f"{bundle} takes named inputs, not tokens", "time it through the Python or the C API")
-        super().__init__(str(bundle), "CPU", info.threads, info.context, info.vocab_size)
+        super().__init__(str(bundle), BACKENDS[info.backend], info.threads, info.context, info.vocab_size)
+        self.gpu = "" if info.backend == "cpu" else info.device
         self.bundle, self.plan = bundle, plan
         self.session = self.model.session()
 
@@ -165,10 +169,11 @@ class BundleEngine(Engine):
         return saved_state(self.plan.manifest.model_id, [slot for slot, _ in self.plan.state], depth)
 
     def read_bandwidth(self, buffer: Array) -> float:
-        return self.model.measure_read_bandwidth(buffer, 3)
+        """A GPU reads its weights, by its own timers: `buffer` is the host's."""
+        return self.model.measure_read_bandwidth(None if self.gpu else buffer, 3)
 
-    def weights_bandwidth(self) -> float:
-        return self.model.measure_read_bandwidth(None, 5)
+    def weights_bandwidth(self) -> float | None:
+        return None if self.gpu else self.model.measure_read_bandwidth(None, 5)
 
     def close(self) -> None:
         self.model.close()

@@ -24,8 +24,9 @@ from edgeseq.bench import machine
 from edgeseq.bench.cases import Case, check_context, make_cases
 from edgeseq.bench.crossover import crossover_rows
 from edgeseq.bench.device import measure_on_device, peak_rss_bytes
-from edgeseq.bench.engines import BundleEngine, Engine
+from edgeseq.bench.engines import BACKENDS, BundleEngine, Engine
 from edgeseq.bench.measure import LEAST, Progress, measure
+from edgeseq.bench.profiling import profile_rows
 from edgeseq.bench.rivals import Rival, open_rivals
 from edgeseq.bench.rows import Row, Subject, make_row
 from edgeseq.bundle.directory import require_bundle
@@ -45,6 +46,7 @@ class Request:
     repetitions: None repeats short tests more often, see measure.enough.
     device:      a profile's name, None for this machine through the binding.
     against, export: rivals, and where they find the weights.
+    profile:     also time every launch of a step, here.
     """
 
     bundles: tuple[Path, ...]
@@ -57,6 +59,7 @@ class Request:
     device: str | None = None
     against: tuple[str, ...] = ()
     export: Path | None = None
+    profile: bool = False
 
     def cases(self) -> list[Case]:
         return make_cases(self.prompts, self.generate, self.depths, self.context)
@@ -102,6 +105,8 @@ def _plans(request: Request, cases: Sequence[Case]) -> dict[str, Plan]:
         raise UsageError("--against runs here, --device elsewhere", "give one of them")
     if request.device is not None and len(request.threads) > 1:
         raise UsageError("on a device one number of threads is measured at a time", "give -t one number")
+    if request.device is not None and request.profile:
+        raise UsageError("--profile times the launches of this machine", "leave out --device")
     plans: dict[str, Plan] = {}
     for path in request.bundles:
         if str(path) in plans:
@@ -109,6 +114,8 @@ def _plans(request: Request, cases: Sequence[Case]) -> dict[str, Plan]:
         with BundleFile(require_bundle(path), check_weights=False) as file:
             plans[str(path)] = file.plan
         check_context(cases, str(path), file.plan.manifest.context)
+        if len(request.threads) > 1 and file.plan.backend != "cpu":
+            raise UsageError(f"{path} runs on a GPU, where threads do not apply", "leave out -t")
     if request.export is not None:
         manifest = load_manifest(request.export)
         if manifest.model_id not in {plan.manifest.model_id for plan in plans.values()}:
@@ -132,6 +139,9 @@ def _here(request: Request, cases: Sequence[Case], result: Result, progress: Pro
         }
         for case, engine, samples in measure(engines, cases, request.repetitions, buffer, progress):
             result.rows.append(make_row(subjects[id(engine)], case, samples))
+        for engine in engines:
+            if request.profile and isinstance(engine, BundleEngine):
+                result.rows += profile_rows(engine)
 
 
 @contextmanager
@@ -155,18 +165,19 @@ def _subject(engine: Engine, result: Result, cache: int, load_average: float | N
         result.reports.append(_passed(report))
     else:
         report = next(r for r in result.reports if r.path == engine.name)
+    cache = 0 if engine.gpu else cache
     return _with_check(report, engine.name, engine.backend, engine.threads, "host", machine.cpu_name(), cache,
-                       engine.plan, peak_rss, load_average)  # fmt: skip
+                       engine.plan, peak_rss, load_average, engine.gpu)  # fmt: skip
 
 
 def _with_check(
     report: Report, name: str, backend: str, threads: int, device: str, cpu: str, cache: int, plan: Plan | None,
-    peak_rss: int | None, load_average: float | None,
+    peak_rss: int | None, load_average: float | None, gpu: str = "",
 ) -> Subject:  # fmt: skip
     worst = report.worst
     return Subject(
         name, backend, threads, device, cpu, cache, plan, report.model_id, report.ok if report.stages else None,
-        worst.worst if worst else None, worst.tolerance if worst else None, peak_rss, load_average,
+        worst.worst if worst else None, worst.tolerance if worst else None, peak_rss, load_average, gpu,
     )  # fmt: skip
 
 
@@ -213,14 +224,15 @@ def _on_device(request: Request, profile: Profile, cases: Sequence[Case], result
     found = measure_on_device(request.bundles, cases, request.repetitions or LEAST, profile, threads, progress)
     for case in cases:
         for on, report in zip(found, result.reports, strict=True):
-            subject = _with_check(report, str(on.bundle), "CPU", on.threads, profile.name, profile.description, 0,
-                                  on.plan, on.peak_rss_bytes, None)  # fmt: skip
+            gpu = "" if on.plan.backend == "cpu" else profile.description
+            subject = _with_check(report, str(on.bundle), BACKENDS[on.plan.backend], on.threads, profile.name,
+                                  profile.description, 0, on.plan, on.peak_rss_bytes, None, gpu)  # fmt: skip
             result.rows.append(make_row(subject, case, on.samples[case]))
 
 
 def ratio_rows(rows: Sequence[Row]) -> list[Row]:
     """How many times the rate of each rival a bundle of the same model reaches, test by test."""
-    rivals = [r for r in rows if r["backends"] != "CPU"]
+    rivals = [r for r in rows if r["backends"] not in BACKENDS.values()]
     return [
         {
             "test": "ratio",
@@ -231,7 +243,8 @@ def ratio_rows(rows: Sequence[Row]) -> list[Row]:
             "ratio": row["median_ts"] / rival["median_ts"],
         }
         for row in rows
-        if row["backends"] == "CPU"
+        if row["backends"] in BACKENDS.values()
         for rival in rivals
-        if all(rival[key] == row[key] for key in ("test", "n_threads", "model_id"))
+        if all(rival[key] == row[key] for key in ("test", "model_id"))
+        if rival["n_threads"] == row["n_threads"] or row["n_gpu_layers"]
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeseq import __version__
+from edgeseq.bench.engines import BACKENDS
 from edgeseq.bench.page import PAGE
 from edgeseq.bench.pipeline import Result
 from edgeseq.bench.rows import Row
@@ -46,7 +47,7 @@ def html_report(result: Result, command: Sequence[str]) -> str:
 
 def contenders(rows: Sequence[Row]) -> list[str]:
     """For each row a bundle's name, or a rival's, with its threads where they differ."""
-    names = [Path(r["model_filename"]).name if r["backends"] == "CPU" else str(r["backends"]) for r in rows]
+    names = [Path(r["model_filename"]).name if r["backends"] in BACKENDS.values() else str(r["backends"]) for r in rows]
     if len({row["n_threads"] for row in rows}) == 1:
         return names
     return [f"{name}, {r['n_threads']} thread{'s'[: r['n_threads'] - 1]}" for name, r in zip(names, rows, strict=True)]
@@ -61,7 +62,7 @@ def facts(rows: Sequence[Row], command: Sequence[str]) -> dict[str, str]:
     first = rows[0]
     load = first["load_avg"]
     known = {
-        "Device": f"{first['device']}, {first['cpu_info']}",
+        "Device": f"{first['device']}, {first['gpu_info'] or first['cpu_info']}",
         "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Threads": ", ".join(str(n) for n in sorted({row["n_threads"] for row in rows})),
         "Repetitions": str(len(first["samples_ns"])),

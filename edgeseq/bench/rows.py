@@ -31,6 +31,7 @@ class Subject:
     worst, tolerance: of the stage of that check that came nearest to its bound.
     peak_rss_bytes: of a process that ran the bundle's driver alone; None for a rival.
     cache_bytes: of the device's last data cache, 0 where it is not known.
+    gpu: the GPU that a bundle runs on, in a line; empty on the CPU.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     tolerance: float | None = None
     peak_rss_bytes: int | None = None
     load_average: float | None = None
+    gpu: str = ""
 
 
 def make_row(subject: Subject, case: Case, samples: Samples) -> Row:
@@ -83,7 +85,7 @@ def make_row(subject: Subject, case: Case, samples: Samples) -> Row:
 
 
 def _model(subject: Subject) -> Row:
-    """llama-bench's columns about the build, the machine and the model; no GPU is used."""
+    """llama-bench's columns about the build, the machine and the model. On a GPU all layers are, which it calls 99."""
     plan = subject.plan
     chunk = max((g.tokens for g in plan.graphs), default=1) if plan else None
     kind = plan.manifest.dtype if plan else None
@@ -91,7 +93,7 @@ def _model(subject: Subject) -> Row:
         "build_commit": f"edgeseq {__version__}",
         "build_number": 0,
         "cpu_info": subject.cpu,
-        "gpu_info": "",
+        "gpu_info": subject.gpu,
         "backends": subject.backend,
         "device": subject.device,
         "model_filename": subject.name,
@@ -103,7 +105,7 @@ def _model(subject: Subject) -> Row:
         "n_ubatch": chunk,
         "type_k": kind,
         "type_v": kind,
-        "n_gpu_layers": 0,
+        "n_gpu_layers": 99 if subject.gpu else 0,
         "use_mmap": plan is not None,
     }
 

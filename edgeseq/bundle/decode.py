@@ -18,6 +18,8 @@ from edgeseq.spec import DTYPE_BYTES, StateSlot, TensorSpec
 
 Buffer = bytes | memoryview
 MAX_BLOCKS = (1 << 31) - 1
+MAX_GROUP, MAX_GRID_YZ, MAX_BLOCK_Z = 1024, 65535, 64
+"""Limits of a GPU's launch, the last two CUDA's."""
 TRAFFIC_KEYS = ("weights", "state", "kv", "kv_rows", "activations")
 
 
@@ -62,6 +64,7 @@ class _Decoder:
         _unique("tensor", (t.name for t in self.tensors))
         _increasing(self.rows[f.TENSORS], self.tensors)
         self.kernels = [self._kernel(r) for r in self.rows[f.KERNELS]]
+        self._one_backend(self.rows[f.KERNELS])
         _unique("kernel", (k.name for k in self.kernels))
         state = [(self._slot(r), r.offset) for r in self.rows[f.SLOTS]]
         _unique("state slot", (s.name for s, _ in state))
@@ -146,6 +149,15 @@ class _Decoder:
         code = self.code[r.code_offset : r.code_offset + r.code_bytes]
         return PlanKernel(name, r.n_args, backend, code, kind)  # type: ignore[arg-type]
 
+    def _one_backend(self, rows: list[f.KernelRecord]) -> None:
+        """A plan is for the CPU or for one GPU, whose kernels are one piece of code of its kind."""
+        for r, kernel in zip(rows, self.kernels, strict=True):
+            if r.backend != rows[0].backend:
+                raise BundleError(f"kernel {kernel.name!r} is for {kernel.backend}, the first for another backend")
+            place = (r.code_offset, r.code_bytes)
+            if r.backend and (r.code != r.backend or place != (rows[0].code_offset, rows[0].code_bytes)):
+                raise BundleError(f"kernel {kernel.name!r} has code of its own or of the wrong kind")
+
     def _graphs(self) -> list[PlanGraph]:
         rows = self.rows[f.GRAPHS]
         tokens = [r.tokens for r in rows]
@@ -164,6 +176,7 @@ class _Decoder:
             launches = self._launches(r, name, traffic.get(name))
             graphs.append(PlanGraph(name, r.tokens, r.arena_bytes, launches, tuple(entries)))
         _unique("graph", (g.name for g in graphs))
+        _next_tokens(graphs)
         _exhausted("LAUNCHES", self.next_launch, len(self.rows[f.LAUNCHES]))
         _exhausted("ARGS", self.next_arg, len(self.rows[f.ARGS]))
         return graphs
@@ -195,6 +208,9 @@ class _Decoder:
         grid, block = (r.grid_x, r.grid_y, r.grid_z), (r.block_x, r.block_y, r.block_z)
         if min(grid + block) < 1 or max(math.prod(grid), math.prod(block)) > MAX_BLOCKS:
             raise BundleError(f"graph {name!r} launches {kernel.name!r} over the grid {grid} and block {block}")
+        high = max(grid[1:]) > MAX_GRID_YZ or block[2] > MAX_BLOCK_Z
+        if kernel.backend != "cpu" and (math.prod(block) > MAX_GROUP or (kernel.backend == "cuda" and high)):
+            raise BundleError(f"graph {name!r} launches {kernel.name!r} over {grid} x {block}, beyond {kernel.backend}")
         if kernel.backend == "cpu" and grid[1:] + block != (1, 1, 1, 1, 1):
             raise BundleError(f"graph {name!r} launches the CPU kernel {kernel.name!r} over {grid} x {block}")
         if r.flags & ~f.LAUNCH_OUTPUTS_ONLY:
@@ -237,6 +253,18 @@ class _Decoder:
             )
         tensor = self.rows[f.TENSORS][index]
         return PlanArg("weights", "r", self.tensors[index].name, r.offset - tensor.offset, r.bytes)
+
+
+def _next_tokens(graphs: list[PlanGraph]) -> None:
+    """The role `next`: one integer like the tokens, an output of every graph or of none."""
+    found = [[e for e in graph.io if e.spec.role == "next"] for graph in graphs]
+    if len({len(entries) for entries in found}) > 1 or max(map(len, found), default=0) > 1:
+        raise BundleError("the next token is not an output of every graph, once")
+    for graph, entries in zip(graphs, found, strict=True):
+        tokens = {e.spec.dtype for e in graph.io if e.spec.role == "tokens"}
+        for entry in entries:
+            if entry.direction != "out" or math.prod(entry.spec.shape) != 1 or tokens != {entry.spec.dtype}:
+                raise BundleError(f"{entry.spec.name!r} of graph {graph.name!r} cannot be the next token")
 
 
 def _strings(data: bytes) -> bytes:

@@ -128,6 +128,11 @@ class Plan:
     def step(self) -> PlanGraph:
         return next(g for g in self.graphs if g.tokens == 1)
 
+    @property
+    def backend(self) -> Backend:
+        """What runs every kernel."""
+        return self.kernels[0].backend if self.kernels else "cpu"
+
 
 def align(offset: int, alignment: int = ALIGNMENT) -> int:
     """The smallest multiple of `alignment` that is not below `offset`."""

@@ -37,6 +37,7 @@ MANY = Ints(suffix=True)
     multiple=True,
     help="Time the same weights there too; needs --export.",
 )
+@click.option("--profile", is_flag=True, help="Also time every launch of a step: a table of kernels.")
 @click.option("--export", metavar="DIR", type=click.Path(path_type=Path), help="The export with those weights.")
 def command(bundles: tuple[Path, ...], json_file: Path | None, html_file: Path | None, **options: Any) -> None:
     """Measure bundles beside the bytes they move.
@@ -89,6 +90,9 @@ def show_result(result: Result) -> None:
     for row in result.rows:
         if row["test"] == "ratio":
             console.print(f"{names[row['model_filename']]} {row['case']}: {row['ratio']:.2f} times {row['against']}")
+    for name in dict.fromkeys(row["model_filename"] for row in result.rows if row["test"] == "profile"):
+        rows = [r for r in result.rows if r["test"] == "profile" and r["model_filename"] == name]
+        _profile(console, names[name], [r for r in rows if r["n_threads"] == rows[0]["n_threads"]])
     for row in crossovers:
         console.print(crossover_sentence(row, names), highlight=False)
     load, cores = result.tests[0]["load_avg"], len(_cores())
@@ -109,7 +113,7 @@ def _tests(console: Console, rows: Sequence[dict[str, Any]], names: dict[str, st
     first = rows[0]
     verified = "verified" if all(row["verified"] for row in rows) else "not all verified: no golden"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
-    table.title = f"{first['device']}, {first['cpu_info']}, {verified}"
+    table.title = f"{first['device']}, {first['gpu_info'] or first['cpu_info']}, {verified}"
     heads = (
         "t",
         "tok/s",
@@ -147,6 +151,23 @@ def _tests(console: Console, rows: Sequence[dict[str, Any]], names: dict[str, st
         console.print("(c): what one token touches fits the cache, so the roof is reading the weights from there")
     if any(row["depth_by"] == "state" for row in rows):
         console.print("*: the depth was reached by loading a made-up state, since reading so much takes long")
+
+
+def _profile(console: Console, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """A step, kernel by kernel."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
+    launches, spent = sum(r["launches"] for r in rows), sum(r["ns"] for r in rows)
+    table.title = f"{name}: a step is {launches} launches, together {_round(spent, 1e3)} us"
+    table.add_column("kernel", overflow="fold")
+    for head in ("launches", "us", "share", "KB", "GB/s"):
+        table.add_column(head, justify="right")
+    for r in rows:
+        table.add_row(r["kernel"], str(r["launches"]), _round(r["ns"], 1e3), f"{r['share']:.0%}",
+                      _round(r["bytes"], 1e3), _round(r["gbs"]))  # fmt: skip
+    console.print(table)
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -105,7 +105,8 @@ def _bundle_text(facts: dict[str, Any], plan: Plan) -> str:
     from edgeseq.cli.table import count, depth, size, table
 
     target = plan.target
-    about = " ".join(str(target[key]) for key in ("triple", "cpu") if target.get(key))
+    backend = {"opencl": "OpenCL on", "cuda": "CUDA on"}.get(plan.backend, "")
+    about = " ".join([*backend.split(), *(str(target[key]) for key in ("triple", "cpu") if target.get(key))])
     graphs = [
         (g.name, g.tokens, "token" if g.tokens == 1 else "tokens", len(g.launches), "launches", size(g.arena_bytes))
         for g in plan.graphs
@@ -127,7 +128,7 @@ def _bundle_text(facts: dict[str, Any], plan: Plan) -> str:
         "one token of decode moves\n" + table(moved),
         "at depth\n" + table(rows, ("depth", "cache read", "bytes per token", "state")),
         *_bound_text(facts["bound"]),
-        "kernels of the step\n"
+        f"kernels of the step, {facts['launches_per_token']} launches per token\n"
         + table([(k["name"], count(k["launches"]), size(k["bytes"])) for k in facts["kernels"]]),
         "state\n" + _slots([slot for slot, _ in plan.state]),
         "memory\n" + table([(name, size(n)) for name, n in facts["memory"].items()]),

@@ -40,6 +40,9 @@ OPTIONAL = {
 }
 
 
+PROFILE = {"test", "model_filename", "backends", "n_threads", "kernel", "launches", "ns", "share", "bytes", "gbs"}
+
+
 def bench(*arguments: object) -> int:
     return cli.run(["bench", *map(str, arguments)])
 

@@ -119,12 +119,10 @@ def cached_plan(update: str = "append") -> Plan:
 
 
 def gpu_plan() -> Plan:
-    """The recurrent plan for OpenCL: two kernels share one source, grids have three dimensions."""
+    """The recurrent plan for OpenCL: the kernels share one source, grids have three dimensions."""
     base = recurrent_plan()
-    source, other = b"__kernel void gather() {}", b"__kernel void head() {}"
-    kernels = tuple(
-        PlanKernel(k.name, k.n_args, "opencl", other if k.name == "head" else source, "source") for k in base.kernels
-    )
+    source = b"__kernel void gather() {} __kernel void head() {}"
+    kernels = tuple(PlanKernel(k.name, k.n_args, "opencl", source, "source") for k in base.kernels)
     graphs = tuple(
         replace(g, launches=tuple(replace(launch, grid=(2, 3, 1), block=(32, 1, 1)) for launch in g.launches))
         for g in base.graphs

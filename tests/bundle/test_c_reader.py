@@ -15,14 +15,14 @@ from edgeseq.bundle.writer import write_plan
 from edgeseq.errors import BundleError
 from runtimes import sources
 from tests.bundle.plans import manifest
-from tests.runtime import build, handmade
+from tests.runtime import build, handmade, handmade_gpu
 
 
-def _handmade(path: Path) -> Path:
+def _handmade(path: Path, parts: handmade.Parts | None = None) -> Path:
     """The runtime's hand-made model, with the META that Python wants and C ignores."""
-    parts = handmade.parts()
+    parts = parts or handmade.parts()
     facts = asdict(manifest((), handmade.N)) | {"model_id": parts.model_id.hex()}
-    traffic = {f"chunk{t}": [{}, {}, {}] for t in handmade.CHUNKS}
+    traffic = {f"chunk{t}": [{}] * graph[3] for t, graph in zip(handmade.CHUNKS, parts.graphs, strict=True)}
     parts.meta = json.dumps({"manifest": facts, "target": {}, "traffic": traffic, "meta": {}}).encode()
     path.mkdir()
     (path / "model.edgeseq").write_bytes(parts.build())
@@ -42,6 +42,17 @@ def test_python_reads_what_was_written_by_hand_and_c_runs_what_python_wrote(tmp_
         model.check_weights()
         for token in (3, 1, 4, 1, 5, 9, 2, 6):
             np.testing.assert_allclose(session.step(token), reference.step(token), rtol=1e-5, atol=1e-4)
+
+
+def test_python_reads_a_plan_for_a_gpu_and_writes_it_back(tmp_path: Path) -> None:
+    parts = handmade_gpu.parts()
+    with BundleFile(_handmade(tmp_path / "gpu", parts)) as bundle:
+        plan = bundle.plan
+        assert plan.backend == "opencl" and plan.step.launches[-1].block == (handmade.V, 1, 1)
+        assert [e.spec.role for e in plan.step.io if e.direction == "out"] == ["logits", "next"]
+        write_plan(plan, tmp_path / "model.edgeseq")
+    with BundleFile(tmp_path / "model.edgeseq") as again:
+        assert again.plan.graphs == plan.graphs and again.plan.kernels == plan.kernels
 
 
 @pytest.mark.parametrize("where", [9, 40, 70, 500, 700])

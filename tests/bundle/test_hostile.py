@@ -193,6 +193,48 @@ def test_records(name: str, good: bytes, tmp_path: Path) -> None:
     refuse(file.build(), sentence, tmp_path)
 
 
+GPU_ROWS: dict[str, tuple[int, int, dict[str, Any], str]] = {
+    "two backends": (f.KERNELS, 1, {"backend": 2, "code": 2}, "is for cuda, the first for another"),
+    "kind of code": (f.KERNELS, 0, {"code": 2}, "code of its own or of the wrong kind"),
+    "code of its own": (f.KERNELS, 2, {"code_bytes": 9}, "code of its own"),
+    "code elsewhere": (f.KERNELS, 2, {"code_offset": 1, "code_bytes": 9}, "code of its own"),
+    "code past the end": (f.KERNELS, 0, {"code_offset": 1}, "the code of kernel 'gather' ends at"),
+    "group": (f.LAUNCHES, 0, {"block_x": 1025}, "beyond opencl"),
+    "groups": (f.LAUNCHES, 1, {"grid_x": 1 << 31, "grid_y": 1}, "over the grid"),
+    "no group": (f.LAUNCHES, 1, {"grid_z": 0}, "over the grid"),
+    "next of one graph": (f.IO, 2, {"role": 4}, "not an output of every graph"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_ROWS)
+def test_records_of_a_gpu(name: str, tmp_path: Path) -> None:
+    write_plan(gpu_plan(), tmp_path / "gpu.edgeseq")
+    kind, index, changes, sentence = GPU_ROWS[name]
+    file = File((tmp_path / "gpu.edgeseq").read_bytes())
+    file.edit(kind, index, **changes)
+    refuse(file.build(), sentence, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"grid_y": 65536}, {"block_x": 1, "block_z": 65}])
+def test_what_cuda_cannot_launch(changes: dict[str, int], tmp_path: Path) -> None:
+    write_plan(gpu_plan(), tmp_path / "gpu.edgeseq")
+    file = File((tmp_path / "gpu.edgeseq").read_bytes())
+    for i in range(3):
+        file.edit(f.KERNELS, i, backend=2, code=2)
+    file.edit(f.LAUNCHES, 0, **changes)
+    refuse(file.build(), "beyond cuda", tmp_path)
+
+
+def test_a_next_token_of_the_wrong_kind(tmp_path: Path) -> None:
+    """The logits of every graph cannot be the next token."""
+    write_plan(gpu_plan(), tmp_path / "gpu.edgeseq")
+    file = File((tmp_path / "gpu.edgeseq").read_bytes())
+    roles = [i for i, r in enumerate(f.unpack(f.IoRecord, bytes(file.sections[f.IO]))) if f.ROLES[r.role] == "logits"]
+    for i in roles:
+        file.edit(f.IO, i, role=4)
+    refuse(file.build(), "cannot be the next token", tmp_path)
+
+
 def _nest(meta: dict[str, Any]) -> None:
     meta["manifest"]["graphs"] = {"0": 1}
 
