@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from edgeseq.models.base import SequenceModel
+from edgeseq.models.experts_op import expert_linear
 
 STREAMS = 32
 ROWS = 256  # inputs gathered before one product adds them up
@@ -30,7 +31,8 @@ Moments = Mapping[str, NDArray[np.float32]]
 def moments(
     model: SequenceModel, names: Collection[str], tokens: int, folder: Path, progress: Callable[[int, int], None]
 ) -> Moments:
-    """Sum of x x^T, float32 [K,K], of the inputs x of each parameter in `names` that linear() multiplies with.
+    """Sum of x x^T, float32 [K,K], of the inputs x of each parameter in `names` that linear() multiplies with, or
+    expert_linear() for any of its experts.
 
     model: on the cpu with its weights. tokens: how many the model writes, in streams side by side. The sums are files
     in `folder`, mapped; matrices with the same input share one. Parameters that nothing reads that way are left out.
@@ -58,8 +60,12 @@ def _write_text(model: SequenceModel, record: _Recorder, steps: int, progress: C
     return record.finish()
 
 
+MATRIX_ARGUMENT = {linear: 1, expert_linear: 2}
+"""Products and which of their arguments is the matrix; the experts of one layer share their inputs."""
+
+
 class _Recorder(TorchFunctionMode):
-    """Sees every call of linear() and adds up the inputs by matrix."""
+    """Sees every call of a product and adds up the inputs by matrix."""
 
     def __init__(self, model: torch.nn.Module, names: Collection[str], folder: Path) -> None:
         super().__init__()
@@ -71,8 +77,8 @@ class _Recorder(TorchFunctionMode):
         self.seen: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is linear and id(args[1]) in self.names:
-            self._add(self.names[id(args[1])], args[0])
+        if function in MATRIX_ARGUMENT and id(args[MATRIX_ARGUMENT[function]]) in self.names:
+            self._add(self.names[id(args[MATRIX_ARGUMENT[function]])], args[0])
         return function(*args, **(kwargs or {}))
 
     def _add(self, name: str, x: Tensor) -> None:

@@ -28,7 +28,6 @@ def translations(flavour: str) -> Translation:
     import edgeseq.models.experts_op
     import edgeseq.models.functional
     import edgeseq.models.gated_scan_op
-    import edgeseq.models.gated_scan_op
     import edgeseq.models.scan_op
     import edgeseq.models.sparse_op  # noqa: F401  these register the torch operators
 
@@ -51,7 +50,6 @@ def translations(flavour: str) -> Translation:
         ours.window_attention.default: window_attention,
         ours.sparse_attention.default: sparse_attention,
         ours.expert_linear.default: expert_linear,
-        ours.gated_scan.default: gated_scan,
         ours.gated_scan.default: gated_scan,
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.silu.default: silu,
@@ -181,11 +179,6 @@ def causal_conv_ort(x: Value, weight: Value, bias: Value | None, past: Value, si
 def expert_linear(x: Value, index: Value, w: Value, gates: Value | None, num_experts: int) -> Value:
     """ai.edgeseq.ExpertLinear, inputs in this order."""
     return Opset(DOMAIN, VERSION).ExpertLinear(x, index, w, gates, num_experts=num_experts)
-
-
-def gated_scan(x: Value, log_a: Value, past: Value) -> Value:
-    """ai.edgeseq.GatedScan, inputs in this order."""
-    return Opset(DOMAIN, VERSION).GatedScan(x, log_a, past, _outputs=2)
 
 
 def gated_scan(x: Value, log_a: Value, past: Value) -> Value:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import safetensors
 
 import edgeseq
 from edgeseq.bundle.ledger import launch_traffic, ledger
@@ -38,6 +40,8 @@ SLOW = [("mixtral-window", "ort"), ("expert-choice-odd", "onnx"), ("expert-choic
 def test_every_stage_agrees(name: str, flavour: str, tmp_path: Path) -> None:
     bundle = made(CONFIGS[name], tmp_path, flavour=flavour)
     assert_chain(bundle, export=tmp_path / "export", threads=2)
+    config = json.loads((tmp_path / "export" / "manifest.json").read_text())["config"]
+    assert config.get("policy") == ("threshold" if name.startswith("expert-choice") else None)
 
 
 @pytest.mark.slow
@@ -78,7 +82,10 @@ def test_quantised_experts(quant: str, flavour: str, tmp_path: Path) -> None:
     moved = [launch_traffic(plan, plan.step, x)["weights"] for x in plan.step.launches if "expert_linear_q" in x.kernel]
     assert len(moved) == 2
     assert sum(moved) == 2 * expert
-    assert any("q" in t.layout and "experts" in t.layout for t in plan.tensors)
+    with safetensors.safe_open(tmp_path / "export" / "weights.safetensors", framework="np") as file:
+        names = set(file.keys())
+    assert {"layers.0.moe.gate_up_proj.weight.codes", "layers.0.moe.down_proj.weight.scales"} <= names
+    assert "layers.0.moe.router.weight" in names, "what chooses is not rounded"
 
 
 @pytest.mark.slow

@@ -11,16 +11,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from edgeseq.errors import UsageError
 from edgeseq.manifest import load_manifest
-from edgeseq.models.source import open_source
+from edgeseq.models.source import open_source, random_source
 from exporters import export, golden
 from exporters.coded import Coded, rounded_input
 from exporters.quantise import quantise_graph
-from exporters.rounding import dequantise
+from exporters.rounding import dequantise, quantise
 from tests.exporters.support import QUANTISABLE, quantised_source, worst
 
 FAMILIES = ("mamba", "retnet", "transformer")
@@ -272,6 +273,31 @@ def test_matrices_with_the_same_input_share_one_sum(tmp_path: Path) -> None:
     layer = [f"layers.0.{n}_proj.weight" for n in ("q", "k", "v", "g")]
     assert len({id(found[n]) for n in layer}) == 1
     assert len({id(found[n]) for n in names}) < len(names)
+
+
+@torch.no_grad()
+def test_experts_are_calibrated_with_what_any_of_them_sees(tmp_path: Path) -> None:
+    """The sums of one layer against those of the inputs themselves, and the codes they lead to against plain ones."""
+    from edgeseq.models.mixtral import FAMILY, MixtralConfig
+    from exporters.calibrate import moments
+
+    config = MixtralConfig(97, 64, 1, 2, 2, 32, 64, n_experts=4, top_k=2, window=16)
+    model, seen = random_source("experts", FAMILY, config).build(), []
+    moe, name = model.layers[0].moe, "layers.0.moe.gate_up_proj.weight"
+    plain_advance = moe.advance
+    moe.advance = lambda h: (seen.append(h.clone()), plain_advance(h))[1]
+    sums = moments(model, [name, "layers.0.moe.down_proj.weight"], 256, tmp_path, lambda done, total: None)
+    x = torch.cat(seen).flatten(0, 1)
+    assert np.allclose(sums[name], (x.T @ x).numpy(), rtol=1e-4, atol=1e-3)
+    moe.advance = plain_advance
+    exact, errors = moe(x[None]), []
+    stacks = {n: model.get_parameter(n).clone() for n in sums}
+    for given in ({}, sums):
+        for n, w in stacks.items():
+            rounded = dequantise(*quantise(n, w.numpy(), 4, given.get(n)), w.shape[1])
+            model.get_parameter(n).copy_(torch.from_numpy(rounded))
+        errors.append(float((moe(x[None]) - exact).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize(

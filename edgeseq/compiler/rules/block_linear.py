@@ -29,10 +29,10 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         return None
 
     def emit() -> None:
-        xv = low.dense(x)
+        xv = low.rows(x)
         tokens = math.prod(shape[:-3])
         packed = Value(w, weight.dtype, weight.shape, low.memory.weight("experts.columns16", weight))
-        params = ExpertLinear(T=tokens, A=heads, E=heads, M=m, K=k, S=heads, ldx=xv.cols)
+        params = ExpertLinear(T=tokens, A=heads, E=heads, M=m, K=k, S=heads, ldx=xv.ld)
         y = low.result(node.outputs[0])
         low.call(
             KernelRef("expert_linear", params),
