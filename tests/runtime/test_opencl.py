@@ -4,6 +4,7 @@ and GPU, kept programs, and every way in which a driver can fail."""
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -383,6 +384,44 @@ def test_sessions_of_one_device_on_many_threads(opencl_bundle: Path) -> None:
                 close(logits, expected(tokens)[-1])
 
         list(pool.map(stream, range(8)))
+
+
+def test_the_contract_of_the_header_under_the_sanitizers(opencl_bundle: Path, tmp_path: Path) -> None:
+    """Drivers leak by themselves; what the backend leaves is counted in test_any_call_may_fail."""
+    flags = [*build.SANITIZE, "-fsanitize=address,undefined", "-DES_WITH_OPENCL"]
+    main = build.C_DIR / "tests" / "test_api.c"
+    test = build.program(tmp_path / "api", main, flags, build.NO_KERNELS, parts=handmade_gpu.parts())
+    assert build.run([test, opencl_bundle / "model.edgeseq"], env={"ASAN_OPTIONS": "detect_leaks=0"}) == "ok\n"
+
+
+OCLGRIND = Path("/usr/lib/oclgrind/liboclgrind-rt.so")
+
+
+@pytest.mark.skipif(not OCLGRIND.is_file(), reason="no oclgrind: apt-get install oclgrind")
+def test_no_kernel_of_the_model_races_or_strays(opencl_bundle: Path, tmp_path: Path) -> None:
+    """Oclgrind executes every kernel and says so; a kernel that strays is told of."""
+    assert oclgrind(opencl_bundle, tmp_path) == ""
+    source = handmade_gpu.SOURCE.read_bytes()
+    stray = changed(tmp_path, lambda p: None, source.replace(b"AT(float, 5)[v] =", b"AT(float, 5)[v + 100] ="))
+    assert "Invalid write of size 4" in oclgrind(stray, tmp_path)
+
+
+def oclgrind(bundle: Path, tmp_path: Path) -> str:
+    """What Oclgrind finds in a step, a chunk and two greedy steps of the bundle; in a process of its own."""
+    log = tmp_path / "oclgrind.log"
+    log.unlink(missing_ok=True)
+    env = {"EDGESEQ_OPENCL_LIBRARY": str(OCLGRIND), "OCLGRIND_DATA_RACES": "1", "OCLGRIND_CHECK_API": "1",
+           "OCLGRIND_LOG": str(log)}  # fmt: skip
+    lines = [
+        "import sys, edgeseq",
+        "with edgeseq.load(sys.argv[1]) as model, model.session() as session:",
+        "    largest = max(g.tokens for g in model.info.graphs)",
+        "    session.step(1)",
+        "    session.prefill([i % 20 for i in range(largest)])",
+        "    session.generate_timed(2)",
+    ]
+    build.run([sys.executable, "-c", "\n".join(lines), bundle], env=env)
+    return log.read_text() if log.exists() else ""
 
 
 def test_no_file_stays_open(opencl_bundle: Path) -> None:

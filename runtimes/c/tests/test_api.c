@@ -1,5 +1,6 @@
 /* The contract of edgeseq.h against the hand-made bundle: memory to the byte, NULL, sizes of structs, order of
- * closing, one thread or several sessions. Usage: test_api model.edgeseq. Prints "ok". */
+ * closing, one thread or several sessions. Usage: test_api model.edgeseq. Prints "ok". For a bundle whose kernels run on
+ * a GPU, what is about kernel tables is left out, and a session has no threads to vary. */
 #include "../src/es_internal.h"
 
 #include <stdio.h>
@@ -42,7 +43,7 @@ static void memory_to_the_byte(es_model *model)
         EXPECT(es_session_create(model, memory, bytes, &session, &why) == ES_E_SMALL);
         EXPECT(session == NULL && strstr(why.text, "needs") != NULL);
     }
-    for (size_t shift = 0; shift < 70; shift++) {
+    for (size_t shift = 0; shift < 70; shift += es_linked_kernels.n_kernels == 0 ? 23 : 1) {
         memset(memory, 0xa5, need + 256);
         EXPECT(es_session_create(model, memory + shift, need, &session, NULL) == ES_OK);
         EXPECT(greedy_after(session) == token);
@@ -222,7 +223,8 @@ int main(int argc, char **argv)
     es_error why = ES_ERROR_INIT;
     if (argc != 2)
         return 2;
-    for (int32_t threads = 1; threads <= 3; threads++) {
+    const int gpu = es_linked_kernels.n_kernels == 0;
+    for (int32_t threads = 1; threads <= (gpu ? 1 : 3); threads++) {
         es_options options = ES_OPTIONS_INIT;
         options.n_threads = threads;
         options.flags = ES_POISON;
@@ -234,8 +236,10 @@ int main(int argc, char **argv)
         EXPECT(es_model_close(&model) == ES_OK && model == NULL);
     }
     reasons();
-    outputs_are_skipped(argv[1]);
-    tables_that_do_not_belong(argv[1]);
+    if (!gpu) {
+        outputs_are_skipped(argv[1]);
+        tables_that_do_not_belong(argv[1]);
+    }
     if (failures == 0)
         puts("ok");
     return failures != 0;
