@@ -136,7 +136,9 @@ static es_status es_i_cu_module_load(es_i_cu_device *device, const uint8_t *arch
     if (result == ES_CU_OLD_FOR_PTX)
         return es_i_fail(why, ES_E_DEVICE_OLD, "the NVIDIA driver for CUDA %d.%d is older than the kernels' PTX",
                          device->driver / 1000, device->driver % 1000 / 10);
-    log[strcspn(log, "\n")] = '\0';
+    char *line = strstr(log, "\n");
+    if (line != NULL)
+        *line = '\0';
     status = es_i_cu_check(device, result, log[0] != '\0' ? log : "loading the kernels", why);
     return status == ES_E_DEVICE_LAUNCH ? ES_E_DEVICE_BUILD : status;
 }
