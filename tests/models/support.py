@@ -9,14 +9,19 @@ from torch import Tensor
 from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
 from edgeseq.models.bigbird import BigBirdConfig
+from edgeseq.models.delta_net import DeltaNetConfig
 from edgeseq.models.expert_choice import ExpertChoiceConfig
 from edgeseq.models.falcon_mamba import FalconMambaConfig
+from edgeseq.models.gated_delta_net import GatedDeltaNetConfig
+from edgeseq.models.gla import GLAConfig
 from edgeseq.models.gpt2 import Gpt2Config
 from edgeseq.models.gss import GssConfig
 from edgeseq.models.hyena import HyenaConfig
+from edgeseq.models.linear_transformer import LinearTransformerConfig
 from edgeseq.models.liquid_s4 import LiquidS4Config
 from edgeseq.models.longformer import LongformerConfig
 from edgeseq.models.mamba import MambaConfig
+from edgeseq.models.mamba2 import Mamba2Config
 from edgeseq.models.mistral import MistralConfig
 from edgeseq.models.mixtral import MixtralConfig
 from edgeseq.models.mlstm import MLSTMConfig
@@ -37,6 +42,11 @@ CONTEXT = 40
 LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
 YARN = RopeConfig(5e4, "yarn", 3.0, original_context=20, attention_factor=1.4, share=0.6)
 ODD = {
+    "delta-net-odd": DeltaNetConfig(53, 26, 2, 3, 5, 7, 20),
+    "gated-delta-net-odd": GatedDeltaNetConfig(53, 26, 2, 2, 6, 5, 7, 20, d_conv=3, double_beta=True, tie=False),
+    "gla-odd": GLAConfig(53, 26, 2, 3, 9, 11, 20, gate_rank=3),
+    "linear-transformer-odd": LinearTransformerConfig(53, 26, 2, 3, 5, 7, 20, tie=False),
+    "mamba2-odd": Mamba2Config(53, 26, 2, 6, 5, 7, n_groups=3, d_conv=3),
     "bigbird-odd": BigBirdConfig(59, 30, 2, 6, 2, 10, 36, block=2, n_global=2, n_window=2, n_random=2, seed=5),
     "longformer-odd": LongformerConfig(59, 30, 2, 9, 3, 10, 36, rope=LLAMA3, n_global=3, windows=(5, 7)),
     "gpt2-odd": Gpt2Config(59, 30, 2, 3, 37, 130, 1e-3, "gelu", scale_by_layer=True, tie=False),
@@ -84,6 +94,8 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
             drawn = rng.uniform(-6.0, 2.0, shape)
         elif name.endswith("threshold"):
             drawn = rng.uniform(0.05, 0.4, shape)
+        elif name.endswith("i_gate.bias"):
+            drawn = rng.uniform(-6.0, -2.0, shape)
         elif name.endswith("dt_bias"):
             drawn = rng.uniform(-9.0, 0.0, shape)
         elif name.endswith("log_dt"):

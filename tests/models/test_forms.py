@@ -1,4 +1,5 @@
-"""step = chunk = whole sequence, for every family, under random cuts."""
+"""The properties of every family, found by listing: step = chunk = whole sequence under random cuts, states that travel
+through bytes, rows that know nothing of one another, no token that sees a later one, padding that touches nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeseq.models import families
 from edgeseq.models.base import SequenceModel
+from edgeseq.models.padded import advance_padded
+from edgeseq.models.twin import family_of_config
 from edgeseq.verify.tolerances import tolerance
-from tests.models.support import CONFIGS, CONTEXT, random_model, run_cut
+from tests.models.support import CONFIGS, CONTEXT, ODD, random_model, run_cut, through_bytes
 
 TOKENS = 37
 names = pytest.mark.parametrize("name", CONFIGS)
@@ -160,3 +164,62 @@ def test_declared_state_is_what_advance_returns(name: str) -> None:
     assert [(tuple(t.shape), str(t.dtype)) for t in state] == [(s.shape, f"torch.{s.dtype}") for s in slots]
     growing = "append" in {slot.update for slot in slots}
     assert growing == (sum(s.nbytes for s in model.state_slots(2 * CONTEXT)) > sum(s.nbytes for s in slots))
+
+
+def test_every_family_is_held_to_these() -> None:
+    """Its tiny shape by itself, and at least one of odd sizes that somebody wrote."""
+    assert {family_of_config(c).name for c in CONFIGS.values()} == set(families())
+    assert {family_of_config(c).name for c in ODD.values()} == set(families())
+
+
+@names
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(lengths=st.tuples(*[st.integers(0, 12)] * 3), begin=st.integers(0, 3), seed=st.integers(0, 99))
+def test_padded_tokens_touch_no_state(name: str, lengths: tuple[int, ...], begin: int, seed: int) -> None:
+    """Rows of a padded chunk: states and logits are those of the row alone, and the padding may be anything."""
+    model = case(name)[0]
+    rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, (3, begin + 12), generator=rng)
+    given_, position = torch.tensor(lengths), torch.full((3,), begin)
+    with torch.no_grad():
+        state = model.initial_state(3, CONTEXT)
+        if begin:
+            _, *state = model.advance(tokens[:, :begin], torch.zeros(3, dtype=torch.int64), *state)
+        chunk = tokens[:, begin:].clone()
+        logits, *after = advance_padded(model, chunk, given_, position, *state)
+        padding = torch.arange(12) >= given_[:, None]
+        chunk[padding] = torch.randint(0, model.config.vocab_size, (int(padding.sum()),), generator=rng)
+        again, *same = advance_padded(model, chunk, given_, position, *state)
+        assert torch.equal(logits, again) and all(torch.equal(a, b) for a, b in zip(after, same, strict=True))
+        for row, count in enumerate(lengths):
+            alone = [s[row : row + 1] for s in state]
+            if count == 0:
+                assert all(torch.equal(new[row : row + 1], old) for new, old in zip(after, alone, strict=True))
+                continue
+            wanted, *alone = model.advance(chunk[row : row + 1, :count], position[:1], *alone)
+            assert_equal(logits[row : row + 1], wanted)
+            follow = torch.full((1, 1), 7 % model.config.vocab_size)
+            ours, theirs = (
+                model.advance(follow, position[:1] + count, *s)[0] for s in ([a[row : row + 1] for a in after], alone)
+            )
+            assert_equal(ours, theirs)
+
+
+def test_lengths_beyond_the_chunk_are_refused() -> None:
+    model, tokens, _ = case("mamba-tiny")
+    with pytest.raises(ValueError, match=r"lengths \[2, 38\] do not fit 37 tokens"):
+        advance_padded(model, tokens, torch.tensor([2, 38]), torch.zeros(2, dtype=torch.int64))
+
+
+@names
+def test_a_state_through_bytes_is_the_state(name: str) -> None:
+    """What follows is the same to the last bit, and advancing never writes into the state it was given."""
+    model, tokens, _ = case(name)
+    with torch.no_grad():
+        _, *state = model.advance(tokens[:, :9], torch.zeros(2, dtype=torch.int64), *model.initial_state(2, CONTEXT))
+        before = [t.clone() for t in state]
+        position = torch.full((2,), 9)
+        first, *_ = model.advance(tokens[:, 9:14], position, *state)
+        again, *_ = model.advance(tokens[:, 9:14], position, *through_bytes(state))
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
