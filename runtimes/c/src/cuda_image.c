@@ -136,9 +136,8 @@ static es_status es_i_cu_module_load(es_i_cu_device *device, const uint8_t *arch
     if (result == ES_CU_OLD_FOR_PTX)
         return es_i_fail(why, ES_E_DEVICE_OLD, "the NVIDIA driver for CUDA %d.%d is older than the kernels' PTX",
                          device->driver / 1000, device->driver % 1000 / 10);
-    char *line = strstr(log, "\n");
-    if (line != NULL)
-        *line = '\0';
+    for (size_t i = 0; i < sizeof log; i++)
+        log[i] = (char)(log[i] == '\n' ? '\0' : log[i]);
     status = es_i_cu_check(device, result, log[0] != '\0' ? log : "loading the kernels", why);
     return status == ES_E_DEVICE_LAUNCH ? ES_E_DEVICE_BUILD : status;
 }
