@@ -1,4 +1,7 @@
-"""From which depth a recurrent model is faster than one with a cache: predicted from bytes, and measured."""
+"""From which depth a model that reads less of a cache is faster than one that reads more: predicted, and measured.
+
+The first may be recurrent, with no cache at all, a window, or a hybrid of which only some layers attend.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from edgeseq.bench.rows import Row
-from edgeseq.bundle.ledger import crossover_depth, ledger
+from edgeseq.bundle.ledger import Ledger, crossover_depth, ledger
 from edgeseq.bundle.plan import Plan
 
 Kind = Literal["interpolated", "at most", "not reached"]
@@ -36,16 +39,31 @@ def measured_crossover(recurrent: dict[int, float], cached: dict[int, float]) ->
 
 
 def crossover_rows(rows: Sequence[Row], plans: dict[str, Plan]) -> list[Row]:
-    """One row for each recurrent bundle beside each bundle with a cache, per number of threads and tokens."""
+    """One row for each two bundles of which one comes to read less cache, per number of threads and tokens."""
     decode = [r for r in rows if r["n_gen"] and r["model_filename"] in plans]
     made = []
     for threads, n in sorted({(r["n_threads"], r["n_gen"]) for r in decode}):
         group = [r for r in decode if (r["n_threads"], r["n_gen"]) == (threads, n)]
         names = list(dict.fromkeys(r["model_filename"] for r in group))
-        for name in (m for m in names if not ledger(plans[m]).kv):
-            for rival in (m for m in names if ledger(plans[m]).kv):
-                made.append(_row(group, name, rival, plans))
+        made += [
+            _row(group, name, rival, plans)
+            for name in names
+            for rival in names
+            if _grows_less(plans[name], plans[rival])
+        ]
     return [row for row in made if row["depths"]]
+
+
+def _grows_less(plan: Plan, rival: Plan) -> bool:
+    """Whether the cache that one token reads is smaller at the depth where both contexts end, or for ever after."""
+    a, b = ledger(plan), ledger(rival)
+    ends = [p.manifest.context for p in (plan, rival) if p.manifest.context]
+    return a.kv_bytes_read(min(ends) - 1) < b.kv_bytes_read(min(ends) - 1) if ends else _slope(a) < _slope(b)
+
+
+def _slope(entry: Ledger) -> int:
+    """Bytes that every further position adds."""
+    return sum(per_row for per_row, limit in entry.kv if not limit)
 
 
 def _row(group: Sequence[Row], name: str, rival: str, plans: dict[str, Plan]) -> Row:

@@ -3,6 +3,8 @@ lines cross."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from edgeseq.bench.cases import Case
@@ -129,6 +131,19 @@ def test_a_crossover_row() -> None:
     if first is not None:
         assert row["predicted_ts"] == pytest.approx(8e9 / a.bytes_per_token(first))
     assert crossover_rows([r for r in rows if r["model_filename"] == "a"], plans) == []
+
+
+def test_the_crossover_of_two_models_with_caches() -> None:
+    """A hybrid beside a model that reads twice the cache: it is the one that comes to be the faster."""
+    hybrid = cached_plan()
+    twice = [replace(graph, launches=graph.launches * 2) for graph in hybrid.graphs]
+    plans = {"more": replace(hybrid, graphs=tuple(twice)), "less": hybrid}
+    rows = [
+        {"test": "tg4", "model_filename": m, "n_gen": 4, "n_depth": d, "n_threads": 2, "median_ts": 9.0,
+         "read_bw_gbs": 8.0} for m in plans for d in (0, 8)
+    ]  # fmt: skip
+    (row,) = crossover_rows(rows, plans)
+    assert (row["model_filename"], row["rival_filename"], row["predicted_depth"]) == ("less", "more", 0)
 
 
 def test_short_tests_are_repeated_more() -> None:
