@@ -50,7 +50,8 @@ struct es_i_backend {
                        es_error *why);
     /* State and io of `from` to `to`; same device. */
     es_status (*copy)(es_i_stream *to, es_i_stream *from, es_error *why);
-    /* Best of `repeats` passes of a read-only kernel over the weights, bytes per second, by event timers. */
+    /* Best of `repeats` passes of a read-only kernel over the weights, or over other memory where they would stay in a
+     * cache of the device, bytes per second, by event timers. */
     es_status (*measure_read)(es_i_device *device, uint32_t repeats, double *rate, es_error *why);
     /* Mean nanoseconds of an empty launch of `grid` groups of one work-item, over n launches in one queue, waiting at
      * the end. May be NULL. */

@@ -33,6 +33,7 @@ enum {
     ES_CL_DEVICE_MAX_WORK_GROUP_SIZE = 0x1004,
     ES_CL_DEVICE_MAX_WORK_ITEM_SIZES = 0x1005,
     ES_CL_DEVICE_MAX_MEM_ALLOC_SIZE = 0x1010,
+    ES_CL_DEVICE_GLOBAL_MEM_CACHE_SIZE = 0x101e,
     ES_CL_DEVICE_AVAILABLE = 0x1027,
     ES_CL_DEVICE_NAME = 0x102b,
     ES_CL_DEVICE_VENDOR = 0x102c,
@@ -124,7 +125,7 @@ typedef struct {
     es_i_cl_span *spans;  /* per graph: its inputs, then its outputs */
     uint32_t *first_span; /* [2 * graphs + 1]: inputs of graph g from [2g], outputs from [2g + 1] */
     uint64_t input_bytes; /* of the graph with most */
-    uint64_t max_alloc;
+    uint64_t max_alloc, cache;
     uint32_t units;
     int poison, shared_memory;
     char name[128], driver[64], version[128], platform_text[256];

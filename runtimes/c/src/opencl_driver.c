@@ -132,6 +132,7 @@ static es_status es_i_cl_describe(es_i_cl_device *device, es_error *why)
                             device->platform_text, &bytes) != 0)
         device->platform_text[0] = '\0';
     device->max_alloc = es_i_cl_number(cl, device->id, ES_CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof(uint64_t));
+    device->cache = es_i_cl_number(cl, device->id, ES_CL_DEVICE_GLOBAL_MEM_CACHE_SIZE, sizeof(uint64_t));
     device->units = (uint32_t)es_i_cl_number(cl, device->id, ES_CL_DEVICE_MAX_COMPUTE_UNITS, sizeof(uint32_t));
     device->shared_memory =
         es_i_cl_number(cl, device->id, ES_CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof(uint32_t)) != 0;

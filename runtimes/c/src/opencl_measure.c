@@ -1,4 +1,5 @@
-/* Two facts about the device by its own timers: how fast it reads the weights, and the price of a launch. */
+/* Two facts about the device: how fast it reads its weights, or memory where those would stay in its cache, by its own
+ * timers; and the price of a launch. */
 #include "es_opencl.h"
 
 #ifdef ES_WITH_OPENCL
@@ -91,6 +92,28 @@ static int32_t es_i_cl_pass(const es_i_cl_device *device, const es_i_cl_meter *m
     return code;
 }
 
+/* Memory to read in the place of weights that would stay in the device's cache; bytes 0 where they would not. */
+static es_i_cl_piece es_i_cl_scratch(const es_i_cl_device *device, const es_i_cl_meter *m, uint64_t weights)
+{
+    const uint64_t least = 64u << 20, most = 512u << 20;
+    es_i_cl_piece scratch = {0, 0, NULL};
+    int32_t code = 0;
+    if (weights >= 4 * device->cache && weights >= least)
+        return scratch;
+    uint64_t bytes = 8 * device->cache < least ? least : 8 * device->cache > most ? most : 8 * device->cache;
+    if (device->max_alloc > 0 && bytes > device->max_alloc)
+        return scratch;
+    scratch.mem = device->cl.CreateBuffer(device->context, ES_CL_MEM_READ_WRITE, (size_t)bytes, NULL, &code);
+    if (scratch.mem == NULL)
+        return scratch;
+    scratch.bytes = bytes;
+    if (es_i_cl_fill(device, m->queue, scratch.mem, bytes, 1) != 0 || device->cl.Finish(m->queue) != 0) {
+        device->cl.ReleaseMemObject(scratch.mem);
+        return (es_i_cl_piece){0, 0, NULL};
+    }
+    return scratch;
+}
+
 es_status es_i_cl_measure_read(es_i_device *opaque, uint32_t repeats, double *rate, es_error *why)
 {
     const es_i_cl_device *device = (const es_i_cl_device *)(void *)opaque;
@@ -102,12 +125,18 @@ es_status es_i_cl_measure_read(es_i_device *opaque, uint32_t repeats, double *ra
         return status;
     for (uint32_t i = 0; i < device->n_pieces; i++)
         bytes += device->pieces[i].bytes;
+    es_i_cl_piece scratch = es_i_cl_scratch(device, &m, bytes);
+    const es_i_cl_piece *pieces = scratch.mem != NULL ? &scratch : device->pieces;
+    const uint32_t n = scratch.mem != NULL ? 1 : device->n_pieces;
+    bytes = scratch.mem != NULL ? scratch.bytes : bytes;
     for (uint32_t r = 0; r < repeats && code == 0; r++) {
         uint64_t ns = 0;
-        for (uint32_t i = 0; i < device->n_pieces && code == 0; i++)
-            code = es_i_cl_pass(device, &m, &device->pieces[i], &ns);
+        for (uint32_t i = 0; i < n && code == 0; i++)
+            code = es_i_cl_pass(device, &m, &pieces[i], &ns);
         best = ns < best ? ns : best;
     }
+    if (scratch.mem != NULL)
+        device->cl.ReleaseMemObject(scratch.mem);
     es_i_cl_meter_close(device, &m);
     if (code != 0)
         return es_i_cl_fail(why, code, 0, "measuring");
