@@ -223,7 +223,8 @@ def distil(
 
     read: tensors of the exact model by name. progress: called with the layers done and their number.
     """
-    modes, tensors, layers = list(c.modes), {}, []
+    modes, layers = list(c.modes), []
+    tensors: dict[str, Array] = {}
     for i in range(c.n_layers):
         progress(i, c.n_layers)
         if modes[i]:
