@@ -17,7 +17,7 @@ WARP = 32
 
 
 class Kernel:
-    """The function under construction. block, thread: indices; threads: of a block; warp: 0 where lockstep is unknown."""
+    """The function under construction. block, thread: indices; threads: of a block; warp: 0 if lockstep is unknown."""
 
     def __init__(self, threads: int, warp: int) -> None:
         self.buffers: dict[str, Buffer] = {}
@@ -78,7 +78,9 @@ def store(buffer: Buffer, at: Expr, value: Expr) -> None:
 
 
 def let(value: Expr) -> Expr:
-    """Evaluate once. TVM inlines bindings again, so the value goes through a register."""
+    """Evaluate once. TVM inlines bindings again, so the value goes through a register; a number needs none."""
+    if isinstance(value, int):
+        return value
     register = local(1, str(value.ty.dtype))
     store(register, 0, value)
     return register[0]
