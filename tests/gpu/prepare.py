@@ -2,6 +2,8 @@
 
     python -m tests.gpu.prepare DIR                                 the hand-made model and the tiny ones
     python -m tests.gpu.prepare DIR --case mamba:fp16:int4          a family's tiny model, storage, quantisation
+    python -m tests.gpu.prepare DIR --case mlstm-odd:fp32:none      a random model of tests/models/support.py
+    python -m tests.gpu.prepare DIR --every                         all of those
     python -m tests.gpu.prepare DIR --large zoo:mamba-1.4b:fp16     shapes alone, weights left out
 
 A case is DIR/NAME/gpu (bundle), DIR/NAME/host (the same model for a plain x86-64), cpu.state and expect.json: the
@@ -27,6 +29,7 @@ from edgeseq.bundle.reader import BundleFile
 from edgeseq.compiler.gpu.nvrtc import images
 from edgeseq.verify.golden import load_golden
 
+from ..models.support import ODD
 from ..runtime import build, cuda_bundle, handmade
 from .refill import strip
 
@@ -53,21 +56,33 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--target", default="cuda-sm90", help="of the GPU bundles")
     parser.add_argument("--case", action="append", default=[], metavar="FAMILY:DTYPE:QUANT")
+    parser.add_argument("--every", action="store_true", help="a random model of odd sizes of every family")
     parser.add_argument("--large", action="append", default=[], metavar="SOURCE:DTYPE[:QUANT]")
     parser.add_argument("--context", default="2048")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = options.case or ([] if options.large else ["handmade", *_all_tiny()])
+    chosen = options.case or ([] if options.large or options.every else ["handmade", *_all_tiny()])
+    chosen += [f"{name}:fp32:none" for name in ODD] if options.every else []
+    refused = 0
     for case in chosen:
         if case == "handmade":
             hand_made(options.out / case)
             continue
-        family, dtype, quant = case.split(":")
-        _tiny(options.out / f"{family}-{dtype}-{quant}", f"zoo:tiny-{family}", dtype, quant, options)
+        name, dtype, quant = case.split(":")
+        try:
+            _small(options.out / f"{name}-{dtype}-{quant}", name, dtype, quant, options)
+        except Refused as error:
+            refused += 1
+            print(f"{case}: {error}", flush=True)
     for case in options.large:
         source, dtype, quant = _large_parts(case)
         name = f"{source.rpartition(':')[2].rpartition('/')[2]}-{dtype}-{quant}"
         _large(options.out / name, source, dtype, quant, options)
+    sys.exit(1 if refused else 0)
+
+
+class Refused(Exception):
+    """A command that failed, in its words."""
 
 
 def _all_tiny() -> list[str]:
@@ -88,22 +103,47 @@ def _edgeseq(*arguments: str | Path) -> str:
         [Path(sys.executable).with_name("edgeseq"), *map(str, arguments)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        sys.exit(f"edgeseq {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+        raise Refused(f"edgeseq {arguments[0]}: {done.stderr.strip()}")
     return done.stdout
 
 
-def _tiny(out: Path, source: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
+ODD_SOURCE = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.models.support import ODD, random_model
+
+def make():
+    return random_model(ODD[{name!r}])
+"""
+
+
+def _small(out: Path, name: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
+    """A tiny model of the zoo, or one of odd sizes with a context that it can have."""
+    shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="edgeseq-gpu-") as work:
-        export = Path(work) / "export"
-        _edgeseq("export", source, "-o", export, "--dtype", dtype, "--quant", quant, "--chunk", "8,64",
-                 "--context", "512")  # fmt: skip
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        for target, name in ((options.target, "gpu"), (HOST, "host")):
-            _edgeseq("compile", export, "--target", target, "-o", out / name)
+        export, source, chunk = Path(work) / "export", f"zoo:tiny-{name}", "8,64"
+        if name in ODD:
+            file = Path(work) / "odd.py"
+            file.write_text(ODD_SOURCE.format(root=str(HERE.parents[1]), name=name))
+            source, chunk = f"{file}:make", "4,16"
+        _export(export, source, ["--dtype", dtype, "--quant", quant, "--chunk", chunk])
+        with tempfile.TemporaryDirectory(prefix="edgeseq-gpu-") as made:
+            for target, place in ((options.target, "gpu"), (HOST, "host")):
+                _edgeseq("compile", export, "--target", target, "-o", Path(made) / "case" / place)
+            shutil.move(Path(made) / "case", out)
     _slim(out)
     _expect(out)
     print(out.name, flush=True)
+
+
+def _export(out: Path, source: str, arguments: list[str]) -> None:
+    """With room for the greedy tokens where the model has it."""
+    try:
+        _edgeseq("export", source, "-o", out, *arguments, "--context", "512")
+    except Refused as error:
+        if "context" not in str(error):
+            raise
+        _edgeseq("export", source, "-o", out, *arguments)
 
 
 def _large(out: Path, source: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
@@ -156,7 +196,8 @@ def _choose(out: Path, tokens: list[int], bound: float) -> None:
             logits = session.prefill(prompt)
             state = session.save()
             made, margins = [], []
-            for _ in range(GREEDY):
+            room = model.info.context - len(prompt) if model.info.context else GREEDY
+            for _ in range(min(GREEDY, room)):
                 second, first = np.partition(logits, -2)[-2:]
                 made.append(int(np.argmax(logits)))
                 margins.append(float(first - second))
