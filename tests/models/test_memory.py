@@ -260,3 +260,37 @@ def test_compiled_and_verified_here(name: str) -> None:
 def test_compiled_and_verified_for_aarch64(name: str) -> None:
     report = verify(bundled(name, "raspberry-pi-5"), device="qemu-aarch64")
     assert report.ok, [s for s in report.stages if not s.ok]
+
+
+def copy_task() -> Any:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("copy_task", Path(__file__).parents[2] / "docs" / "examples" / "copy_task.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["ntm", "dnc"])
+def test_the_shipped_memories_copy(name: str) -> None:
+    """Every bit of sequences as long as in training; without its memory the controller cannot."""
+    task, m = copy_task(), open_source(f"zoo:tiny-{name}").build()
+    with torch.no_grad():
+        for rows in (1, 6, 10):
+            x, bits = (torch.from_numpy(a) for a in task.sequence(np.random.default_rng(rows), rows, 16))
+            assert torch.equal(task.said(m, x) > 0, bits.bool()), rows
+        state, lost = m.initial_state(16), []
+        for t in range(x.shape[1]):
+            y, *state = m.step(x[:, t : t + 1], *state)
+            state[0] = torch.full_like(state[0], 1e-6)
+            lost.append(y)
+    assert ((torch.cat(lost[11:], 1) > 0) != bits.bool()).float().mean() > 0.3
+
+
+@pytest.mark.slow
+def test_the_copy_example_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export("zoo:tiny-dnc", tmp_path / "export")
+    compile_export(tmp_path / "export", "host", tmp_path / "bundle")
+    copy_task().run(tmp_path / "bundle", 3)
+    assert " 1 rows: 0 of 24 bits wrong" in (told := capsys.readouterr().out) and "10 rows: 0 of 240 bits" in told
