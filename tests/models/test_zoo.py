@@ -14,8 +14,11 @@ from edgeseq.models.retnet import RetNetConfig
 from edgeseq.models.source import open_source, random_source, twin_of, zoo_names
 from edgeseq.models.twin import WITHIN, twin
 
-# state-spaces/mamba-130m, -370m and -790m as published (vocabulary padded to 50280, tied head).
-PUBLISHED = {"zoo:mamba-130m": 129_135_360, "zoo:mamba-370m": 371_516_416, "zoo:mamba-790m": 793_204_224}
+# state-spaces/mamba-130m to -2.8b as published (vocabulary padded to 50280, tied head).
+PUBLISHED = {
+    "zoo:mamba-130m": 129_135_360, "zoo:mamba-370m": 371_516_416, "zoo:mamba-790m": 793_204_224,
+    "zoo:mamba-1.4b": 1_372_178_432, "zoo:mamba-2.8b": 2_768_345_600,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
