@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 import edgeseq.cli as cli
+from edgeseq import models
 from edgeseq.runtime import load
+from edgeseq.spec import Manifest
 from tests import bundles
 from tests.bench.test_bench import PROFILE, check_schema, rows_of
 from tests.runtime.build import opencl_missing
+from tests.runtime.test_opencl import OCLGRIND, oclgrind
 
 pytestmark = pytest.mark.skipif(bool(opencl_missing()), reason=opencl_missing() or "there")
 TOKENS = [5, 9, 2, 60, 11, 30, 7, 41, 3, 3, 17, 22, 58]
@@ -21,7 +24,7 @@ def edgeseq(*arguments: object) -> int:
     return cli.run([str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("name", ["mamba", "transformer"])
+@pytest.mark.parametrize("name", ["mamba", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_the_commands_work_as_on_the_cpu(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gpu, cpu = bundles.bundled(name, "opencl"), bundles.bundled(name)
     assert edgeseq("verify", gpu) == 0
@@ -67,14 +70,52 @@ def test_a_state_saved_on_one_resumes_on_the_other(tmp_path: Path, capfd: pytest
         assert json.loads(capfd.readouterr().out)["tokens"] == want, f"saved on {first}, resumed on {second}"
 
 
-def test_greedy_without_round_trips_is_the_cpus(tmp_path: Path) -> None:
-    """64 tokens by es_generate on both."""
-    made = []
-    for target in ("opencl", "host"):
-        with load(bundles.bundled("mamba", target)) as model, model.session() as session:
-            session.prefill(TOKENS)
-            made.append(session.generate_timed(64)[0])
-    assert made[0] == made[1] and len(set(made[0])) > 1
+SHIPPED = sorted(path.stem for path in (Path(models.__file__).parent / "zoo_weights").glob("*.safetensors"))
+
+
+CASES = [
+    *((name, "none") for name in SHIPPED),
+    *((name, quant) for name in ("tiny-mamba", "tiny-retnet", "tiny-transformer") for quant in ("int8", "int4")),
+]
+"""Every shipped model, and storages for one of each kind of kernel."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "quant"), CASES)
+def test_a_shipped_model_says_what_it_says_on_the_cpu(name: str, quant: str, tmp_path: Path) -> None:
+    """Verified against PyTorch; 64 greedy tokens made on the device are the CPU's, also from each other's state."""
+    gpu, cpu = shipped(name, quant, tmp_path)
+    assert edgeseq("verify", gpu) == 0
+    if not Manifest.load(tmp_path / "export").vocab_size:
+        return  # its steps are not tokens
+    prompt = [ord(c) for c in "The state of the"]
+    with load(gpu) as one, load(cpu, threads=2) as two, one.session() as here, two.session() as there:
+        here.prefill(prompt)
+        there.prefill(prompt)
+        state, made = here.save(), here.generate_timed(64)[0]
+        assert made == there.generate_timed(64)[0] and len(set(made)) > 5
+        there.load(state)
+        here.load(there.save())
+        assert int(here.step(made[0]).argmax()) == int(there.step(made[0]).argmax()) == made[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OCLGRIND.is_file(), reason="no oclgrind: apt-get install oclgrind")
+@pytest.mark.parametrize(("name", "quant"), CASES)
+def test_no_kernel_of_a_shipped_model_races_or_strays(name: str, quant: str, tmp_path: Path) -> None:
+    gpu, _ = shipped(name, quant, tmp_path, targets=("opencl",))
+    if not Manifest.load(tmp_path / "export").vocab_size:
+        pytest.skip("its steps are not tokens")
+    assert oclgrind(gpu, tmp_path) == ""
+
+
+def shipped(name: str, quant: str, tmp_path: Path, targets: tuple[str, ...] = ("opencl", "host")) -> list[Path]:
+    """Bundles of a shipped model with a chunk of 4, for OpenCL and this CPU."""
+    options = ("--context", "128", "--chunk", "4", "--quant", quant)
+    assert edgeseq("export", f"zoo:{name}", *options, "-o", tmp_path / "export") == 0
+    for target in targets:
+        assert edgeseq("compile", tmp_path / "export", "--target", target, "-o", tmp_path / target) == 0
+    return [tmp_path / "opencl", tmp_path / "host"]
 
 
 def test_the_bundle_says_what_it_lacks(

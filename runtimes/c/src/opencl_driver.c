@@ -28,7 +28,7 @@ es_status es_i_cl_driver_open(es_i_cl_api *cl, es_error *why)
     if (library == NULL)
         return es_i_fail(why, ES_E_DEVICE_DRIVER, "there is no OpenCL driver: %s cannot be opened",
                          chosen != NULL ? chosen : "libOpenCL.so");
-    /* Google's libOpenCL-pixel.so hands out its functions only this way. */
+    /* Google's libOpenCL-pixel.so hands out its functions only this way (TensorFlow Lite, opencl_wrapper.cc). */
     void (*enable)(void) = NULL;
     void *(*find)(const char *) = NULL;
     *(void **)(void *)&enable = dlsym(library, "enableOpenCL");
