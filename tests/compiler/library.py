@@ -140,6 +140,16 @@ class DeviceLibrary:
         return results
 
 
+AnyLibrary = Library | DeviceLibrary
+ON = ["cpu", pytest.param("opencl", marks=pytest.mark.slow)]
+"""Where kernels are run, as parameters of a fixture that calls `library_on`."""
+
+
+def library_on(device: str, folder: Path, refs: Iterable[tuple[KernelRef | GenericRef, int]]) -> AnyLibrary:
+    """The kernels for this machine's CPU, or for its first OpenCL device."""
+    return Library(folder, refs) if device == "cpu" else DeviceLibrary(refs)
+
+
 def largest_frame(assembly: str) -> int:
     """Bytes of the largest stack frame, from what is subtracted from the stack pointer (x86-64)."""
     return max((int(n) for n in re.findall(r"sub\w*\s+\$(\d+), %rsp", assembly)), default=0)

@@ -14,7 +14,7 @@ from edgeseq.compiler.kernels.conv import Conv
 from edgeseq.compiler.pack import pack
 from edgeseq.verify.tolerances import tolerance
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 from .machine import Machine, Program, model_of, onnx_stream, port
 
 
@@ -53,9 +53,9 @@ def variants() -> list[Conv]:
 VARIANTS = variants()
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("conv"), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("conv"), refs(VARIANTS))
 
 
 def reference(p: Conv, x: NDArray, w: NDArray, bias: NDArray | None) -> NDArray:
@@ -76,7 +76,7 @@ def reference(p: Conv, x: NDArray, w: NDArray, bias: NDArray | None) -> NDArray:
 
 
 @pytest.mark.parametrize("p", VARIANTS, ids=[f"{i}" for i in range(len(VARIANTS))])
-def test_kernel(library: Library, p: Conv) -> None:
+def test_kernel(library: AnyLibrary, p: Conv) -> None:
     rng = np.random.default_rng(p.K)
     x = rng.standard_normal((p.C, p.H, p.W)).astype(np.float32)
     w = rng.standard_normal((p.M, p.C // p.groups, p.KH, p.KW)).astype(p.wdtype)

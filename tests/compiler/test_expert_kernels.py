@@ -12,7 +12,7 @@ from edgeseq.compiler.kernels.expert_order import ExpertOrder
 from edgeseq.compiler.pack import pack, packed_shape
 from edgeseq.ops.expert_linear import expert_linear
 from edgeseq.verify.tolerances import tolerance
-from tests.compiler.library import Library
+from tests.compiler.library import ON, AnyLibrary, library_on
 
 CASES = [  # T, A, E, M, K, S, weights, gates, residual
     ExpertLinear(1, 2, 5, 33, 19, 1, 19),
@@ -24,11 +24,13 @@ CASES = [  # T, A, E, M, K, S, weights, gates, residual
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
     refs = [(KernelRef("expert_linear", p), len(p.args)) for p in CASES]
     orders = {ExpertOrder(p.T * p.A, p.E) for p in CASES if p.T > 1}
-    return Library(tmp_path_factory.mktemp("experts"), [*refs, *((KernelRef("expert_order", o), 3) for o in orders)])
+    return library_on(
+        request.param, tmp_path_factory.mktemp("experts"), [*refs, *((KernelRef("expert_order", o), 3) for o in orders)]
+    )
 
 
 def strided(rows: NDArray, ld: int) -> NDArray:
@@ -38,7 +40,7 @@ def strided(rows: NDArray, ld: int) -> NDArray:
     return wide.reshape(-1)[: (len(rows) - 1) * ld + rows.shape[1]].copy()
 
 
-def sorted_slots(library: Library, p: ExpertLinear, index: NDArray) -> list[NDArray]:
+def sorted_slots(library: AnyLibrary, p: ExpertLinear, index: NDArray) -> list[NDArray]:
     order, start = np.zeros(p.T * p.A, np.int32), np.zeros(p.E + 1, np.int32)
     found = library.call(KernelRef("expert_order", ExpertOrder(p.T * p.A, p.E)), [index, order, start], "rww")
     flat = index.reshape(-1)
@@ -50,7 +52,7 @@ def sorted_slots(library: Library, p: ExpertLinear, index: NDArray) -> list[NDAr
 
 @pytest.mark.parametrize("p", CASES, ids=lambda p: f"t{p.T}a{p.A}s{p.S}{'-sum' if p.gates else ''}")
 @pytest.mark.parametrize("none", [False, True])
-def test_kernel_equals_the_definition(p: ExpertLinear, none: bool, library: Library) -> None:
+def test_kernel_equals_the_definition(p: ExpertLinear, none: bool, library: AnyLibrary) -> None:
     rng = np.random.default_rng(p.M + none)
     x = rng.standard_normal((p.T * p.S, p.K)).astype(np.float32)
     index = rng.integers(-1 if none else 0, p.E, (p.T, p.A))

@@ -19,19 +19,21 @@ from edgeseq.models.twin import family_of_config
 from edgeseq.ops.gated_scan import gated_scan
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
-from tests.compiler.library import Library
+from tests.compiler.library import ON, AnyLibrary, library_on
 from tests.models.support import CONFIGS
 
 KERNELS = [GatedScan(1, 70, 70, 70), GatedScan(9, 33, 40, 35), GatedScan(5, 16, 16, 16), GatedScan(3, 3, 3, 9)]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("gated"), [(KernelRef("gated_scan", p), 4) for p in KERNELS])
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(
+        request.param, tmp_path_factory.mktemp("gated"), [(KernelRef("gated_scan", p), 4) for p in KERNELS]
+    )
 
 
 @pytest.mark.parametrize("p", KERNELS, ids=lambda p: f"t{p.T}d{p.D}")
-def test_kernel_equals_the_definition(p: GatedScan, library: Library) -> None:
+def test_kernel_equals_the_definition(p: GatedScan, library: AnyLibrary) -> None:
     rng = np.random.default_rng(p.D)
     x, past = (rng.standard_normal(s).astype(np.float32) for s in ((p.T, p.D), (p.D,)))
     log_a = -(10.0 ** rng.uniform(-6, 2, (p.T, p.D))).astype(np.float32)

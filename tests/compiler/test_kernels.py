@@ -29,7 +29,7 @@ from edgeseq.ops.selective_scan import selective_scan
 from edgeseq.verify.tolerances import tolerance
 
 from . import variants
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, Library, library_on, ref, refs, unset
 
 ELSEWHERE = {
     "conv": "test_conv.py",
@@ -44,9 +44,9 @@ few = settings(max_examples=3, derandomize=True, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("kernels"), refs(variants.EVERY))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(variants.EVERY))
 
 
 class Draw:
@@ -111,7 +111,7 @@ def _stored(x: NDArray, dtype: str) -> tuple[NDArray, NDArray]:
 @named(variants.linears())
 @few
 @given(seed=seeds)
-def test_linear(library: Library, p: Linear, seed: int) -> None:
+def test_linear(library: AnyLibrary, p: Linear, seed: int) -> None:
     d = Draw(seed)
     x, x64 = d.rows(p.T, p.ldx, p.K)
     stored, w = _stored(d.normal(p.M, p.K), p.wdtype)
@@ -132,7 +132,7 @@ def test_linear(library: Library, p: Linear, seed: int) -> None:
 @named(variants.norms())
 @few
 @given(seed=seeds, scale=st.sampled_from([1e-6, 1.0, 1e6]))
-def test_rms_norm(library: Library, p: RmsNorm, seed: int, scale: float) -> None:
+def test_rms_norm(library: AnyLibrary, p: RmsNorm, seed: int, scale: float) -> None:
     d = Draw(seed)
     x, x64 = d.rows(p.R, p.ldx, p.D)
     x, x64 = x * np.float32(scale), x64 * np.float32(scale)
@@ -145,7 +145,7 @@ def test_rms_norm(library: Library, p: RmsNorm, seed: int, scale: float) -> None
 @named(variants.layer_norms())
 @few
 @given(seed=seeds, mean=st.sampled_from([0.0, 100.0]))
-def test_layer_norm(library: Library, p: LayerNorm, seed: int, mean: float) -> None:
+def test_layer_norm(library: AnyLibrary, p: LayerNorm, seed: int, mean: float) -> None:
     d = Draw(seed)
     x, _ = d.rows(p.R, p.ldx, p.D)
     x = x + np.float32(mean)  # rounds: the reference reads what the kernel reads
@@ -161,7 +161,7 @@ def test_layer_norm(library: Library, p: LayerNorm, seed: int, mean: float) -> N
 @named(variants.embeds())
 @few
 @given(seed=seeds)
-def test_embed(library: Library, p: Embed, seed: int) -> None:
+def test_embed(library: AnyLibrary, p: Embed, seed: int) -> None:
     d = Draw(seed)
     stored, table = _stored(d.normal(p.M, p.K), p.wdtype)
     tokens = d.rng.integers(0, p.M, p.T)
@@ -173,7 +173,7 @@ def test_embed(library: Library, p: Embed, seed: int) -> None:
 @named(variants.convs())
 @few
 @given(seed=seeds)
-def test_causal_conv(library: Library, p: CausalConv, seed: int) -> None:
+def test_causal_conv(library: AnyLibrary, p: CausalConv, seed: int) -> None:
     d = Draw(seed)
     x, x64 = d.rows(p.T, p.ldx, p.C)
     weight, bias, past = d.normal(p.C, p.k), d.normal(p.C), d.normal(p.k - 1, p.C)
@@ -188,7 +188,7 @@ def test_causal_conv(library: Library, p: CausalConv, seed: int) -> None:
 @named(variants.scans())
 @few
 @given(seed=seeds)
-def test_selective_scan(library: Library, p: SelectiveScan, seed: int) -> None:
+def test_selective_scan(library: AnyLibrary, p: SelectiveScan, seed: int) -> None:
     d = Draw(seed)
     u, u64 = d.rows(p.T, p.ldu, p.D)
     dt, dt64 = d.rows(p.T, p.lddt, p.D)
@@ -217,7 +217,7 @@ def test_selective_scan(library: Library, p: SelectiveScan, seed: int) -> None:
 @named(variants.glus())
 @few
 @given(seed=seeds, size=st.sampled_from([1.0, 30.0]))
-def test_glu(library: Library, p: Glu, seed: int, size: float) -> None:
+def test_glu(library: AnyLibrary, p: Glu, seed: int, size: float) -> None:
     d = Draw(seed)
     g, g64 = d.rows(p.T, p.ldg, p.M)
     u, u64 = d.rows(p.T, p.ldu, p.M)
@@ -229,7 +229,7 @@ def test_glu(library: Library, p: Glu, seed: int, size: float) -> None:
 @named(variants.rotaries())
 @few
 @given(seed=seeds)
-def test_rotary(library: Library, p: Rotary, seed: int) -> None:
+def test_rotary(library: AnyLibrary, p: Rotary, seed: int) -> None:
     d = Draw(seed)
     x, x64 = d.rows(p.T, p.ldx, p.H * p.d)
     angle = d.rng.uniform(0, 6.3, (1, p.T, p.d // 2))
@@ -241,7 +241,7 @@ def test_rotary(library: Library, p: Rotary, seed: int) -> None:
 @named(variants.attentions())
 @settings(max_examples=6, derandomize=True, deadline=None)
 @given(seed=seeds, where=st.floats(0, 1), size=st.sampled_from([1.0, 30.0]))
-def test_cached_attention(library: Library, p: CachedAttention, seed: int, where: float, size: float) -> None:
+def test_cached_attention(library: AnyLibrary, p: CachedAttention, seed: int, where: float, size: float) -> None:
     """Rows that are not yet written are NaN; scores of `size` make the softmax nearly one-hot."""
     d = Draw(seed)
     position = round(where * (p.N - p.T))
@@ -266,7 +266,7 @@ def test_cached_attention(library: Library, p: CachedAttention, seed: int, where
 @named(variants.rings())
 @settings(max_examples=6, derandomize=True, deadline=None)
 @given(seed=seeds, position=st.sampled_from([0, 1, 3, 60, 999, (1 << 40) + 7]))
-def test_window_attention(library: Library, p: CachedAttention, seed: int, position: int) -> None:
+def test_window_attention(library: AnyLibrary, p: CachedAttention, seed: int, position: int) -> None:
     """Rows that hold no token yet are NaN; positions go beyond 32 bits."""
     d = Draw(seed)
     q, q64 = d.rows(p.T, p.ldq, p.H * p.d)
@@ -287,13 +287,13 @@ def test_window_attention(library: Library, p: CachedAttention, seed: int, posit
 
 
 @named(variants.copies())
-def test_copy(library: Library, p: Copy) -> None:
+def test_copy(library: AnyLibrary, p: Copy) -> None:
     x = np.random.default_rng(p.n).integers(0, 2, p.n).astype(p.dtype)
     (y,) = library.call(ref(p), [x, unset(p.n, dtype=p.dtype)], "rw")
     assert np.array_equal(x, y)
 
 
-def test_blocks_have_distinct_names_and_grids(library: Library, tmp_path: Path) -> None:
+def test_blocks_have_distinct_names_and_grids(library: AnyLibrary, tmp_path: Path) -> None:
     """Equal parameters are one kernel; parameters that the name does not show still get a name of their own."""
     again = Library(tmp_path, refs([variants.norms()[2], variants.norms()[2], RmsNorm(3, 15, 20, 1e-6, True)]))
     assert len(again.kernels.names) == len(again.kernels.grids) == 2

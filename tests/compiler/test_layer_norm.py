@@ -13,7 +13,7 @@ from edgeseq.compiler.kernels._quantise import BLOCK, blocks
 from edgeseq.compiler.kernels.layer_norm import FLOATS_PER_BLOCK, LayerNorm
 from edgeseq.verify.tolerances import tolerance
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 from .machine import Machine, model_of, onnx_stream, port
 
 EPS = 1e-5
@@ -27,9 +27,9 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
 
 
 def defined(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.ndarray:
@@ -40,7 +40,7 @@ def defined(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.ndarr
 @pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"{p.R}x{p.D}{'-q' if p.quant else ''}")
 @settings(max_examples=4, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6), shift=st.sampled_from([0.0, -1000.0]))
-def test_kernel_equals_its_definition(library: Library, p: LayerNorm, seed: int, shift: float) -> None:
+def test_kernel_equals_its_definition(library: AnyLibrary, p: LayerNorm, seed: int, shift: float) -> None:
     """A mean of 1000 costs three digits of x itself, not the whole variance as E[x^2] - E[x]^2 would."""
     rng = np.random.default_rng(seed)
     held = np.full((p.R, p.ldx), np.nan, np.float32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from edgeseq.ops.dplr_scan import dplr_scan
 from edgeseq.ops.standard import linear_attention
 from edgeseq.verify.tolerances import tolerance
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 
 TOKENS = 8
 KINDS = [*product(("none", "constant", "head", "key"), ("none", "key")), ("key", "free")]
@@ -56,9 +55,9 @@ def variants() -> list[LinearAttention]:
 VARIANTS = variants()
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
 
 
 class Draw:
@@ -84,7 +83,7 @@ class Draw:
 @pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"{p.decay}-{p.erase}-T{p.T}-H{p.Hq}.{p.Hk}.{p.H}-{p.K}x{p.V}")
 @settings(max_examples=3, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_kernel_equals_its_definition(library: Library, p: LinearAttention, seed: int) -> None:
+def test_kernel_equals_its_definition(library: AnyLibrary, p: LinearAttention, seed: int) -> None:
     d = Draw(seed, p.T)
     q, q64 = d.rows(p.ldq, p.Hq * p.K)
     k, k64 = d.rows(p.ldk, p.Hk * p.K, "unit" if p.erase == "key" else "normal", p.Hk)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ from edgeseq.ops.long_conv import long_conv
 from edgeseq.verify.tolerances import tolerance
 from tests.ops.test_long_conv import draw, wide
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 
 VARIANTS = [
     LongConv(1, 1, 1, 4, 1),
@@ -25,13 +23,13 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
 
 
 @pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"T{p.T}-C{p.C}-L{p.L}")
-def test_kernel_equals_its_definition_at_any_position(library: Library, p: LongConv) -> None:
+def test_kernel_equals_its_definition_at_any_position(library: AnyLibrary, p: LongConv) -> None:
     room = p.M - p.T
     for position in sorted({0, 1, 2, min(p.L - 2, room), min(p.L - 1, room), min(p.L, room), room} - {-1}):
         inputs = draw(position, 1, p.T, p.C, p.L, position, room - position, p.skip)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,7 @@ from edgeseq.ops import all_ops
 from edgeseq.verify.tolerances import tolerance
 from tests.ops.test_scans import draw
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 
 VARIANTS = [
     DiagScan(1, 1, 1, 1),
@@ -30,9 +28,9 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
 
 
 def columns(array: np.ndarray) -> np.ndarray:
@@ -41,7 +39,7 @@ def columns(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"{type(p).__name__}-T{p.T}-C{p.C}-N{p.N}")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_kernel_equals_its_definition(library: Library, p: DiagScan | DenseScan, seed: int) -> None:
+def test_kernel_equals_its_definition(library: AnyLibrary, p: DiagScan | DenseScan, seed: int) -> None:
     name, shared = type(p).__name__, getattr(p, "shared", False)
     inputs = draw(name, seed, 1, p.T, p.C, p.N, p.skip, shared)
     y, present = all_ops()[name].reference(**{key: x.astype(np.float64) for key, x in inputs.items()})

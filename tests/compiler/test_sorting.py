@@ -15,7 +15,7 @@ from edgeseq.compiler.kernels.top_k import TopK
 from edgeseq.verify.tolerances import tolerance
 
 from .graphs import Builder
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, Library, library_on, ref, refs, unset
 from .machine import Machine, model_of, onnx_stream, port
 
 SORTS = [
@@ -34,9 +34,9 @@ SUMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs([*SORTS, *SUMS]))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs([*SORTS, *SUMS]))
 
 
 def held(p: TopK | Cumulative, x: NDArray) -> NDArray:
@@ -56,7 +56,7 @@ def drawn(p: TopK | Cumulative, rng: np.random.Generator, few: bool) -> NDArray:
 @pytest.mark.parametrize("p", SORTS, ids=lambda p: f"{p.outer}x{p.n}x{p.inner}-{p.dtype}")
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6), few=st.booleans())
-def test_sorted_as_numpy_does_it(library: Library, p: TopK, seed: int, few: bool) -> None:
+def test_sorted_as_numpy_does_it(library: AnyLibrary, p: TopK, seed: int, few: bool) -> None:
     """Exactly, few values (and so many ties, and both zeros) or many."""
     x = drawn(p, np.random.default_rng(seed), few)
     if few and p.dtype == "float32":
@@ -84,7 +84,7 @@ def test_ranks_are_a_permutation_whatever_comes(largest: bool, tmp_path: Path) -
 @pytest.mark.parametrize("p", SUMS, ids=lambda p: f"{p.outer}x{p.n}x{p.inner}-{p.dtype}")
 @settings(max_examples=4, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_cumulative_equals_its_definition(library: Library, p: Cumulative, seed: int) -> None:
+def test_cumulative_equals_its_definition(library: AnyLibrary, p: Cumulative, seed: int) -> None:
     x = drawn(p, np.random.default_rng(seed), few=False)
     wide = np.flip(x, 1) if p.reverse else x
     wide = wide.astype(np.float64 if p.dtype == "float32" else np.int64)

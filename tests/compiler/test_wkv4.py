@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from edgeseq.compiler.kernels.wkv4 import PER_BLOCK, Wkv4
 from edgeseq.ops.wkv4 import FRESH, wkv4
 from edgeseq.verify.tolerances import tolerance
 
-from .library import Library, ref, refs, unset
+from .library import ON, AnyLibrary, library_on, ref, refs, unset
 
 VARIANTS = [
     Wkv4(1, 1, 1, 1),
@@ -24,16 +22,16 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(Path(tmp_path_factory.mktemp("kernels")), refs(VARIANTS))
+@pytest.fixture(scope="module", params=ON)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
 
 
 @pytest.mark.parametrize("p", VARIANTS, ids=lambda p: f"T{p.T}-C{p.C}")
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "used"])
 @settings(max_examples=4, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([1.0, 30.0, 200.0]))
-def test_kernel_equals_its_definition(library: Library, p: Wkv4, fresh: bool, seed: int, spread: float) -> None:
+def test_kernel_equals_its_definition(library: AnyLibrary, p: Wkv4, fresh: bool, seed: int, spread: float) -> None:
     """Keys far apart overflow e^k (spread 200 reaches e^600): only the maximum in the exponents keeps them finite."""
     rng = np.random.default_rng(seed)
 
@@ -59,7 +57,7 @@ def test_kernel_equals_its_definition(library: Library, p: Wkv4, fresh: bool, se
     assert np.abs(state[2] - present[0, 2]).max() <= tolerance("runtime", "float32", present[0, 2])
 
 
-def test_a_fresh_state_weighs_nothing(library: Library) -> None:
+def test_a_fresh_state_weighs_nothing(library: AnyLibrary) -> None:
     """The first output is the first value, whatever the key."""
     p = VARIANTS[0]
     for key in (-80.0, 0.0, 80.0):

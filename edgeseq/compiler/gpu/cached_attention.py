@@ -88,7 +88,7 @@ def _at_once(a: _Attention, tiles: int) -> None:
         1 if p.T == 1 else newest // group + 1,
         ("k", "v"),
         lambda i: a.head * p.d,
-        lambda r, i: True if p.T == 1 else i <= tokens[r],
+        lambda r, i: i <= tokens[r] if p.T > 1 else part == 0 if p.parts > 1 else True,
         (p.ldk, p.ldv),
     )
     exists = [True if group * p.T % a.queries == 0 else first + r < group * p.T for r in range(a.queries)]
