@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import Built
 from ._emit import LANES, Expr, kernel, let, load, local, loop, splat, split_blocks, store
 
-COLUMNS = 8  # products added in registers between two accesses to the sum
+ROWS = 4  # sums in registers at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def build(name: str, p: DenseScan) -> Built:
         "past": p.N * p.C, "y": p.T * p.C,
     }  # fmt: skip
     with kernel(name, [(a, "float32", sizes[a]) for a in p.args]) as kern:
-        old, new, total, out = local(p.N * LANES), local(p.N * LANES), local(LANES), local(LANES)
+        old, new, sums, out = local(p.N * LANES), local(p.N * LANES), local(ROWS * LANES), local(LANES)
 
         def strip(c: Expr, lanes: int) -> None:
             group = c // LANES * (p.N * LANES)
@@ -49,25 +49,28 @@ def build(name: str, p: DenseScan) -> Built:
                 u = let(load(kern["u"], t * p.ldu + c, lanes))
                 store(out, 0, load(kern["d"], c, lanes) * u if p.skip else splat(0.0, lanes), lanes)
 
-                def row(i: Expr) -> None:
-                    at = (group + i * LANES) * p.N
-                    store(total, 0, load(kern["b"], group + i * LANES, lanes) * u, lanes)
+                def rows(first: Expr, count: int) -> None:
+                    at = [(group + (first + i) * LANES) * p.N for i in range(count)]
+                    for i in range(count):
+                        fed = load(kern["b"], group + (first + i) * LANES, lanes) * u
+                        store(sums, i * LANES, fed, lanes)
 
-                    def columns(first: Expr, count: int) -> None:
-                        acc = load(total, 0, lanes)
-                        for j in range(count):
-                            column = (first + j) * LANES
-                            acc = acc + load(kern["a"], at + column, lanes) * load(old, column, lanes)
-                        store(total, 0, acc, lanes)
+                    def column(j: Expr) -> None:
+                        x = let(load(old, j * LANES, lanes))
+                        for i in range(count):
+                            product = load(kern["a"], at[i] + j * LANES, lanes) * x
+                            store(sums, i * LANES, load(sums, i * LANES, lanes) + product, lanes)
 
-                    loop(p.N // COLUMNS, lambda g: columns(g * COLUMNS, COLUMNS))
-                    if p.N % COLUMNS:
-                        columns(p.N // COLUMNS * COLUMNS, p.N % COLUMNS)
-                    x = let(load(total, 0, lanes))
-                    store(new, i * LANES, x, lanes)
-                    store(out, 0, load(out, 0, lanes) + load(kern["c"], group + i * LANES, lanes) * x, lanes)
+                    loop(p.N, column)
+                    for i in range(count):
+                        x = let(load(sums, i * LANES, lanes))
+                        store(new, (first + i) * LANES, x, lanes)
+                        read = load(kern["c"], group + (first + i) * LANES, lanes) * x
+                        store(out, 0, load(out, 0, lanes) + read, lanes)
 
-                loop(p.N, row)
+                loop(p.N // ROWS, lambda g: rows(g * ROWS, ROWS))
+                if p.N % ROWS:
+                    rows(p.N // ROWS * ROWS, p.N % ROWS)
                 loop(p.N, lambda i: store(old, i * LANES, load(new, i * LANES, lanes), lanes))
                 store(kern["y"], t * p.C + c, load(out, 0, lanes), lanes)
 
