@@ -127,7 +127,7 @@ FAMILY = Family(
     model=ExpertChoice,
     checkpoint=None,
     zoo={},
-    tiny=ExpertChoiceConfig(256, 128, 4, 4, 4, 32, 32, n_experts=8, top_k=4, capacity=2.0),
+    tiny=ExpertChoiceConfig(256, 128, 4, 4, 4, 32, 64, n_experts=4, top_k=3, capacity=2.0),
     state_formula="8 L Hk e M",
     growth="linear",
     ops=("rotary", "cached_attention", "expert_linear"),

@@ -107,9 +107,9 @@ def test_training_finds_the_thresholds() -> None:
     [
         ({"policy": "whole-sequence"}, "see those to come"),
         ({"policy": "magic"}, "'magic' is no policy"),
-        ({"capacity": 5.0}, "mean of 5.0 experts cannot be met with at most 4"),
+        ({"capacity": 5.0}, "mean of 5.0 experts cannot be met with at most 3"),
         ({"capacity": 0.0}, "mean of 0.0 experts"),
-        ({"top_k": 9}, "cannot choose 9 of 8 experts"),
+        ({"top_k": 9}, "cannot choose 9 of 4 experts"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(change: dict[str, object], sentence: str) -> None:
