@@ -51,7 +51,7 @@ def test_the_commands_work_as_on_the_cpu(name: str, tmp_path: Path, capfd: pytes
     assert sum(r["share"] for r in profile) == pytest.approx(1)
     assert edgeseq("inspect", gpu) == 0
     assert "compiled for opencl (OpenCL on " in capfd.readouterr().out
-    assert edgeseq("bench", gpu, "-t", "1,2") == 2
+    assert edgeseq("bench", gpu, "-p", "20", "-n", "0", "-t", "1,2") == 2
     assert "runs on a GPU, where threads do not apply" in capfd.readouterr().err
 
 
