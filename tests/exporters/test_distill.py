@@ -87,6 +87,7 @@ def _exported(out: Path, order: int, tolerance: float) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_live_rebuilds_the_distilled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeseq.models.source.open_source", lambda name: source())
     out = _exported(tmp_path / "export", 12, 0.5)
@@ -95,6 +96,7 @@ def test_live_rebuilds_the_distilled_model(tmp_path: Path, monkeypatch: pytest.M
     assert {"PyTorch whole sequence", "PyTorch step", "PyTorch chunks"} <= {s.name for s in report.stages}
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_is_distilled_too(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(FACTORY)
     manifest = export(
