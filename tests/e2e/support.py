@@ -130,6 +130,10 @@ FAMILIES = {
     "mixtral-window": ("test_mixtral", "mixtral", "window"),
     "falcon-mamba": ("test_falcon_mamba", "falcon", "odd"),
     "recurrent-gemma": ("test_recurrent_gemma", "gemma", "odd"),
+    **{
+        name: ("test_hybrids", "saved", name)
+        for name in ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "qwen3_next", "zamba2")
+    },
 }
 """Module of tests/models, its function (fields, folder) -> the reference saved there, and its case."""
 

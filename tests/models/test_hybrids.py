@@ -36,6 +36,11 @@ def reference(name: str, folder: Path, **changed: Any) -> torch.nn.Module:
     return save(made, folder)
 
 
+def saved(fields: dict[str, Any], folder: Path) -> torch.nn.Module:
+    """The checkpoint of the case that has these fields."""
+    return reference(next(name for name, case in CASES.items() if case is fields), folder)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_64_greedy_tokens_and_their_logits(name: str, tmp_path: Path) -> None:
     hf = reference(name, tmp_path)
