@@ -86,7 +86,7 @@ class _Head:
             widths["beta"] = 1
         elif p.erase == "free":
             widths |= {"a": p.K, "b": p.K}
-        self.read = shared(2 * line) if p.erase != "none" else None
+        self.read: Buffer = shared(2 * line) if p.erase != "none" else None
         room = local_bytes // 4 - (2 * line if self.read is not None else 0) - 32
         self.tile = max(1, min(TILE, p.T, room // (sum(widths.values()) + p.group * line)))
         self.widths = widths
