@@ -32,6 +32,8 @@ from . import variants
 from .library import ON, AnyLibrary, Library, library_on, ref, refs, unset
 
 ELSEWHERE = {
+    "attention_chunk": "test_attention.py",
+    "attention_merge": "test_attention.py",
     "conv": "test_conv.py",
     "linear_q": "test_quantised.py",
     "embed_q": "test_quantised.py",

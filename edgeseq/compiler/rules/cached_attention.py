@@ -1,11 +1,15 @@
-"""TensorScatter of K and V, then causal Attention over the cache with its length -> kernels/cached_attention."""
+"""TensorScatter of K and V, then causal Attention over the cache with its length -> kernels/cached_attention, or
+attention_chunk for more than one token."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..ir import Arg, KernelRef
-from ..kernels.cached_attention import CachedAttention
+from ..kernels.attention_chunk import AttentionChunk
+from ..kernels.attention_merge import AttentionMerge
+from ..kernels.cached_attention import CachedAttention, parts_of
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -50,18 +54,46 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         return None
 
     def emit() -> None:
-        qv, kv, vv = low.rows(q), low.rows(k), low.rows(v)
-        _, heads, tokens, d = graph.shape(q4)
-        _, kv_heads, rows, _ = graph.shape(past_k)
-        scale = float(node.attrs.get("scale", d**-0.5))
-        params = CachedAttention(tokens, heads, kv_heads, d, rows, qv.ld, kv.ld, vv.ld, scale)
-        args = [Arg(low.rows(n), "r") for n in (q, k, v)]
-        args += [Arg(low.state(past_k, present_k), "rw"), Arg(low.state(past_v, present_v), "rw")]
-        args += [Arg(low.rows(position), "r"), Arg(low.result(merged[-1].outputs[0]), "w")]
-        row = 2 * kv_heads * d * 4
-        low.call(KernelRef("cached_attention", params), *args, state=tokens * row, kv=row)
+        heads, scale = graph.shape(q4)[1], float(node.attrs.get("scale", graph.shape(q4)[3] ** -0.5))
+        names = (q, k, v, past_k, present_k, past_v, present_v, position, merged[-1].outputs[0])
+        attend(low, names, heads, scale)
 
     return Claim(claimed, (q, k, v, position, past_k, past_v), emit)
+
+
+def attend(low: Lowering, names: tuple[str, ...], heads: int, scale: float, ring: bool = False, **drawn: int) -> None:
+    """The calls of one attention. names: q, k, v, past and present keys, past and present values, position, result.
+
+    drawn: prefix and reservoir of a ring. A step goes row by row; where the heads of keys are few and the cache is
+    long, it is cut into parts that threads share, and a second launch merges them. A chunk goes by blocks of queries.
+    """
+    q, k, v, past_k, present_k, past_v, present_v, position, result = names
+    qv, kv, vv = low.rows(q), low.rows(k), low.rows(v)
+    _, kv_heads, rows, d = low.graph.shape(past_k)
+    tokens = math.prod(qv.shape[:-1])
+    sizes = (tokens, heads, kv_heads, d, rows, qv.ld, kv.ld, vv.ld, scale, ring)
+    read = [Arg(low.rows(n), "r") for n in (q, k, v)]
+    read += [Arg(low.state(past_k, present_k), "rw"), Arg(low.state(past_v, present_v), "rw")]
+    read += [Arg(low.rows(position), "r")]
+    row = 2 * kv_heads * d * 4
+    traffic = {"state": min(tokens, rows) * row, "kv": row} | ({"kv_rows": rows} if ring else {})
+    out = Arg(low.result(result), "w")
+    if tokens > 1 and not drawn.get("blocks") and low.target.gpu is None:
+        params = AttentionChunk(*sizes, prefix=drawn.get("prefix", 0), tile=low.target.gemm_tile)
+        low.call(KernelRef("attention_chunk", params), *read, out, **traffic)
+        return
+    parts = 1 if tokens > 1 or drawn.get("blocks") or low.target.gpu else parts_of(kv_heads, rows)
+    if parts == 1:
+        low.call(KernelRef("cached_attention", CachedAttention(*sizes, **drawn)), *read, out, **traffic)
+        return
+    partial = low.scratch(f"{result}.parts", "float32", (heads, parts, d + 2))
+    low.call(
+        KernelRef("cached_attention", CachedAttention(*sizes, **drawn, parts=parts)),
+        *read,
+        Arg(partial, "w"),
+        **traffic,
+    )
+    low.call(KernelRef("attention_merge", AttentionMerge(heads, d, parts)), Arg(partial, "r"), out)
 
 
 def _is_end(low: Lowering, length: str, position: str, tokens: int) -> bool:

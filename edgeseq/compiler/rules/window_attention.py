@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..ir import Arg, KernelRef
-from ..kernels.cached_attention import CachedAttention
 from . import Claim, Rule
-from .cached_attention import _flat_heads, _merged
+from .cached_attention import _flat_heads, _merged, attend
 
 if TYPE_CHECKING:
     from ..graph import Node
@@ -48,16 +46,9 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         return None
 
     def emit() -> None:
-        qv, kv, vv = low.rows(q), low.rows(k), low.rows(v)
-        _, heads, _, d = graph.shape(q4)
-        kv_heads = graph.shape(past_k)[1]
-        scale = float(node.attrs.get("scale", d**-0.5))
-        params = CachedAttention(tokens, heads, kv_heads, d, rows, qv.ld, kv.ld, vv.ld, scale, ring=True)
-        args = [Arg(low.rows(n), "r") for n in (q, k, v)]
-        args += [Arg(low.state(past_k, present_k), "rw"), Arg(low.state(past_v, present_v), "rw")]
-        args += [Arg(low.rows(position), "r"), Arg(low.result(merged[-1].outputs[0]), "w")]
-        row = 2 * kv_heads * d * 4
-        low.call(KernelRef("cached_attention", params), *args, state=min(tokens, rows) * row, kv=row, kv_rows=rows)
+        heads, scale = graph.shape(q4)[1], float(node.attrs.get("scale", graph.shape(q4)[3] ** -0.5))
+        names = (q, k, v, past_k, present_k, past_v, present_v, position, merged[-1].outputs[0])
+        attend(low, names, heads, scale, ring=True)
 
     return Claim(claimed, (q, k, v, position, past_k, past_v), emit)
 
