@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgeseq.errors import SourceError
-from edgeseq.models import rotary, transformer
+from edgeseq.models import transformer
 from edgeseq.models.base import Array, Family
 from edgeseq.models.mixtral import Mixtral, MixtralConfig, MixtralLayer
 from edgeseq.models.moe import Moe, MoeConfig
@@ -132,5 +132,5 @@ FAMILY = Family(
     growth="linear",
     ops=("rotary", "cached_attention", "expert_linear"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": rotary.turns(c.rope.radians(c.head_dim))},
+    constants=transformer.constants,
 )

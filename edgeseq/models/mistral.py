@@ -79,12 +79,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> MistralConfig:
         r.only(name, False)
     theirs = {"num_key_value_heads": 8} | {k: v for k, v in raw.items() if v is not None}
     whole = transformer.config_from_hf(theirs)
-    if whole.longest is not None:
-        raise SourceError(
-            f"config.json: the rotary frequencies hold for {whole.longest} tokens only, but a ring of the last "
-            f"{r.positive('sliding_window')} has no end",
-            'a checkpoint that is used within that length is a LLaMA: set "model_type" to "llama" in config.json',
-        )
+    transformer.refuse_limit(whole, r.positive("sliding_window"))
     return MistralConfig(**{f.name: getattr(whole, f.name) for f in fields(whole)}, window=r.positive("sliding_window"))
 
 

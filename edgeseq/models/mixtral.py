@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from edgeseq.errors import SourceError
-from edgeseq.models import rotary, transformer
+from edgeseq.models import transformer
 from edgeseq.models.base import Checkpoint, Family, StoredTensor
 from edgeseq.models.hf import ConfigReader
 from edgeseq.models.mistral import MistralLayer
@@ -94,6 +94,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> MixtralConfig:
     if r.get("rope_parameters") is None and r.get("rope_theta") is None:
         defaults["rope_theta"] = 1e6
     whole = transformer.config_from_hf(defaults | {k: v for k, v in raw.items() if v is not None})
+    if r.get("sliding_window") is not None:
+        transformer.refuse_limit(whole, r.positive("sliding_window"))
     return MixtralConfig(
         **{f.name: getattr(whole, f.name) for f in fields(whole)},
         n_experts=r.positive("num_local_experts", default=8, most=1 << 16),
@@ -139,5 +141,5 @@ FAMILY = Family(
     growth="linear",
     ops=("rotary", "cached_attention", "expert_linear"),
     random_tensor=transformer.random_tensor,
-    constants=lambda c: {"frequency": rotary.turns(c.rope.radians(c.head_dim))},
+    constants=transformer.constants,
 )

@@ -238,6 +238,16 @@ def phi3_config(raw: Mapping[str, Any]) -> TransformerConfig:
     return replace(whole, longest=min((n for n in longest if n is not None), default=None))
 
 
+def refuse_limit(c: TransformerConfig, window: int) -> None:
+    """A ring has no end, so it cannot have frequencies that hold up to a length only."""
+    if c.longest is not None:
+        raise SourceError(
+            f"config.json: the rotary frequencies hold for {c.longest} tokens only, but a ring of the last "
+            f"{window} has no end",
+            "a checkpoint that is used within that length needs no window: set sliding_window to null",
+        )
+
+
 def _sizes(r: ConfigReader, default_head_dim: int | None = None, default_eps: float = 1e-6) -> TransformerConfig:
     """What all these config.json have in common."""
     r.only("hidden_act", "silu", "swish")
