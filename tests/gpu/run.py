@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="what `python -m tests.gpu.prepare` wrote, or one case")
     parser.add_argument("--only", default="", help="names of checks, with commas; 'speed' for the measurement alone")
     parser.add_argument("--tokens", type=int, default=512, help="greedy tokens of one measurement")
+    parser.add_argument("--depths", default="", help="positions to decode at too, with commas, by made-up states")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     parser.add_argument("--profile", action="store_true", help="print the slowest launches")
     parser.add_argument(
@@ -51,7 +52,7 @@ def cases(folders: list[Path]) -> list[Path]:
     return found
 
 
-def one(folder: Path, only: set[str], tokens: int) -> None:
+def one(folder: Path, only: set[str], tokens: int, depths: list[int]) -> None:
     """All checks of one case in this process; a JSON line for each."""
 
     def say(name: str, verdict: str, note: str, **more: Any) -> None:
@@ -65,7 +66,7 @@ def one(folder: Path, only: set[str], tokens: int) -> None:
         if not only or "speed" in only:
             model = Model(folder / "gpu")
             say("device", "ok", model.device.text.decode())
-            made = measure(model, facts, tokens)
+            made = measure(model, facts, tokens, depths)
             say("speed", "ok", summary(made), measured=made, launches=facts.get("launches"))
     except (Refused, OSError) as error:
         say("open", "FAILED", str(error))
@@ -94,13 +95,14 @@ def summary(made: dict[str, Any]) -> str:
         text += f" = {100 * made['fraction_of_read']:.0f} % of {made['read_bandwidth'] / 1e9:.0f}"
     if "joules_per_token" in made:
         text += f", {1e3 * made['joules_per_token']:.3g} mJ/token"
-    return text + f", {made['launches']} launches in {made['launches_us']:.0f} us"
+    text += f", {made['launches']} launches in {made['launches_us']:.0f} us"
+    return text + "".join(f"; at {depth}: {rate:.0f}" for depth, rate in made.get("at_depth", {}).items())
 
 
 def spawn(folder: Path, options: argparse.Namespace, only: str, prefix: list[str]) -> tuple[list[dict[str, Any]], str]:
     """The results of one case, and what went wrong with its process or ''."""
     command = [*prefix, sys.executable, str(HERE / "run.py"), "--one", "--tokens", str(options.tokens), str(folder)]
-    command += ["--only", only] if only else []
+    command += ["--only", only, "--depths", options.depths]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
@@ -137,7 +139,8 @@ def slowest(result: dict[str, Any], n: int = 12) -> None:
 def main() -> int:
     options = arguments()
     if options.one:
-        one(options.folders[0], set(filter(None, options.only.split(","))), options.tokens)
+        only, depths = (set(filter(None, text.split(","))) for text in (options.only, options.depths))
+        one(options.folders[0], only, options.tokens, sorted(map(int, depths)))
         return 0
     failed, everything, tool = 0, [], None if options.no_sanitizer else sanitizer()
     for folder in cases(options.folders):

@@ -71,6 +71,11 @@ class Model:
         self.ask(self.lib.es_model_graph(self.handle, index, byref(info)))
         return info
 
+    def slot(self, index: int) -> abi.TensorInfo:
+        info = abi.TensorInfo()
+        self.ask(self.lib.es_model_slot(self.handle, index, byref(info)))
+        return info
+
     def close(self) -> None:
         self.ask(self.lib.es_model_close(byref(self.handle)))
 
@@ -122,9 +127,10 @@ class Session:
         self.model.ask(self.lib.es_state_save(self.handle, buffer, n.value, byref(n)))
         return buffer.raw
 
-    def load(self, state: bytes) -> None:
+    def load(self, state: bytes | bytearray) -> None:
         why = abi.Error()
-        self.model.ask(self.lib.es_state_load(self.handle, state, len(state), byref(why)), why)
+        data = (ctypes.c_char * len(state)).from_buffer(state) if isinstance(state, bytearray) else state
+        self.model.ask(self.lib.es_state_load(self.handle, data, len(state), byref(why)), why)
 
     def fork(self) -> Session:
         handle, why = c_void_p(), abi.Error()

@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import zlib
 from typing import Any
 
-from runtime import Model, Refused
+from runtime import Model, Refused, abi
 
 from edgeseq.bench.nvml import GpuMeter
 
 WARM, REPEATS = 64, 3
+APPEND = 3  # update of a slot
 
 
-def measure(model: Model, facts: dict[str, Any], n: int) -> dict[str, Any]:
+def measure(model: Model, facts: dict[str, Any], n: int, depths: list[int]) -> dict[str, Any]:
     """facts: `bytes_per_token` and `prompt` where they are known. n: greedy tokens of one measurement; the median
-    of REPEATS counts. What cannot be measured is left out."""
+    of REPEATS counts. depths: positions to decode at, as far as the context goes. What cannot be measured is left
+    out."""
     made: dict[str, Any] = {"device": model.device.text.decode(), "weight_bytes": model.info.weight_bytes}
     made |= _memory(model)
     made |= _decode(model, facts, n, made.get("read_bandwidth"))
     made |= _prefill(model)
     made |= _profile(model)
+    if depths:
+        made["at_depth"] = {depth: _at_depth(model, depth, n) for depth in depths if _reachable(model, depth)}
     return made
+
+
+def _reachable(model: Model, depth: int) -> bool:
+    return not model.info.context or depth + WARM + 8 <= model.info.context
+
+
+def _at_depth(model: Model, depth: int, n: int) -> float:
+    """Tokens per second from position `depth` on, with a made-up state."""
+    room = model.info.context - depth if model.info.context else 1 << 40
+    session, rates = model.session(), []
+    n = max(1, min(n, (room - WARM - 1) // REPEATS))
+    session.load(made_up_state(model, depth))
+    session.step(1)
+    session.generate(min(WARM, max(1, room - REPEATS * n - 1)))
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        session.generate(n)
+        rates.append(n / (time.perf_counter() - start))
+    session.close()
+    return round(sorted(rates)[REPEATS // 2], 1)
+
+
+def made_up_state(model: Model, position: int) -> bytearray:
+    """A saved state of zeros at a position (docs/bundle-format.md): decode does the same work whatever it holds."""
+    slots = [model.slot(i) for i in range(model.info.n_slots)]
+    size = sum(_saved_bytes(slot, position) for slot in slots)
+    state = bytearray(48 + size)
+    struct.pack_into("<16sQQ", state, 16, bytes(model.info.model_id), position, size)
+    struct.pack_into("<8sII", state, 0, b"ESSTATE\0", 1, zlib.crc32(memoryview(state)[16:]))
+    return state
+
+
+def _saved_bytes(slot: abi.TensorInfo, position: int) -> int:
+    """A cache that grows is saved as far as it is filled."""
+    if slot.update != APPEND:
+        return int(slot.bytes)
+    rows = int(slot.dims[slot.axis])
+    return int(slot.bytes) // rows * min(position, rows)
 
 
 def _memory(model: Model) -> dict[str, Any]:
