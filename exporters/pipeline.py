@@ -186,7 +186,7 @@ def _signatures(model: nn.Module, request: Request) -> list[StepSignature]:
                 f"a chunk of {max(chunks)} tokens exceeds the context of {request.context}", "raise --context"
             )
         chunks = tuple(c for c in DEFAULT_CHUNKS if c <= request.context) if chunks is None else chunks
-    wanted = DEFAULT_CHUNKS if chunks is None else chunks
+    wanted = getattr(model, "default_chunks", DEFAULT_CHUNKS) if chunks is None else chunks
     return [step, *(signature_of(model, tokens, request.context) for tokens in wanted)]
 
 

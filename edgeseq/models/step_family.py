@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ class StepModel(nn.Module):
     parallel form: `chunk` runs its steps in order.
 
     inputs, outputs: of one step, (1, 1, ...) each: batch, time, and the rest.
+    default_chunks:  lengths that are exported unless asked otherwise; none, as a chunk saves nothing here.
     """
+
+    default_chunks: ClassVar[tuple[int, ...]] = ()
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
