@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import subprocess
@@ -301,6 +302,18 @@ def test_what_a_machine_lacks_is_said(
         monkeypatch.setenv(name, text)
     with pytest.raises(RuntimeFailure, match=sentence):
         edgeseq.load(bundle)
+
+
+@pytest.mark.parametrize(("code", "detail"), [(46, 3), (2, 4), (700, 8)])
+def test_a_device_that_cannot_be_opened_has_its_code(fake: cb.Fake, bundle: Path, code: int, detail: int) -> None:
+    from edgeseq import runtime_abi as abi
+
+    library = abi.open_library(bundle / "libmodel.so")
+    fake.fail("cuDevicePrimaryCtxRetain", 1, code)
+    handle, why = ctypes.c_void_p(), abi.Error()
+    path = str(bundle / "model.edgeseq").encode()
+    status = library.es_model_open(path, None, ctypes.byref(handle), ctypes.byref(why))
+    assert status == abi.CLASS_DEVICE | detail << 8 and b"opening the device failed" in why.text
 
 
 def test_a_session_that_does_not_fit_is_refused(fake: cb.Fake, bundle: Path) -> None:

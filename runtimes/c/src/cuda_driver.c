@@ -161,7 +161,10 @@ static es_status es_i_cu_device_find(es_i_cu_device *device, es_error *why)
     if (result == ES_CU_OK)
         result = device->api.context_retain(&device->context, device->id);
     device->retained = result == ES_CU_OK;
-    return es_i_cu_check(device, result, "opening the device", why);
+    status = es_i_cu_check(device, result, "opening the device", why); /* another process may have it for itself */
+    if (status != ES_E_DEVICE_LAUNCH)
+        return status;
+    return result == ES_CU_NO_MEMORY ? ES_E_DEVICE_MEMORY : ES_E_DEVICE_NONE;
 }
 
 es_status es_i_cu_driver_open(es_i_cu_device *device, es_error *why)
