@@ -60,7 +60,12 @@ def splat(value: Expr | float, lanes: int = LANES) -> Expr:
 
 
 def let(value: Expr) -> Expr:
-    """Evaluate once and name the result. TVM inlines bindings again, so a float goes through a register buffer."""
+    """Evaluate once and name the result. TVM inlines bindings again, so a float goes through a register buffer.
+
+    A number known now, such as the index of a lone last element, needs no name.
+    """
+    if isinstance(value, int):
+        return value
     dtype = tvm.DataType(str(value.ty.dtype))
     if dtype.type_code != _FLOAT:
         return T.Bind(value)
