@@ -69,6 +69,7 @@ class AttentionChunk:
 
 
 def build(name: str, p: AttentionChunk) -> Built:
+    assert TILE // LANES % p.tile[1] == 0, "a tile of keys is a whole number of groups"
     cache = p.Hk * p.N * p.d
     params = [
         ("q", "float32", (p.T - 1) * p.ldq + p.H * p.d),
