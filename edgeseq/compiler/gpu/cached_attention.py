@@ -39,9 +39,17 @@ from ._emit import (
 
 QUERIES = 4
 LANES = 8  # threads of a key
+USEFUL_BLOCKS = 264  # that keep a large GPU busy
+LEAST_ROWS = 256  # of a part
 TILE = 128
 SPAN = 8  # scores that a thread compares at least
 AHEAD = 8  # rows of V asked for at a time
+
+
+def parts_of(heads: int, kv_heads: int, rows: int) -> int:
+    """Ranges into which the cache of a step is cut."""
+    blocks = kv_heads * blocks_of(heads // kv_heads, QUERIES)
+    return max(1, min(blocks_of(USEFUL_BLOCKS, blocks), rows // LEAST_ROWS))
 
 
 def build(name: str, p: CachedAttention, gpu: Any) -> Built:
@@ -53,8 +61,9 @@ def build(name: str, p: CachedAttention, gpu: Any) -> Built:
         ("float32", result),
     ]  # fmt: skip
     in_order = p.ring and (p.T > 1 or p.blocks > 0)
-    queries = 1 if p.T == 1 else min(QUERIES, group if in_order else group * p.T)
-    threads = min(gpu.threads, 256 if p.T > 1 or p.parts > 1 else 1024)
+    alone = p.T == 1 and p.parts == 1
+    queries = 1 if alone else min(QUERIES, group if in_order else group * p.T)
+    threads = min(gpu.threads, 1024 if alone else 256)
     tiles = blocks_of(group if in_order else group * p.T, queries)
     grid = p.Hk * (1 if in_order else tiles * p.parts)
     with kernel(name, [(a, *s) for a, s in zip(p.args, sizes, strict=True)], grid, threads, gpu) as k:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..gpu.cached_attention import parts_of as parts_on_gpu
 from ..ir import Arg, KernelRef
 from ..kernels.attention_chunk import AttentionChunk
 from ..kernels.attention_merge import AttentionMerge
@@ -82,7 +83,9 @@ def attend(low: Lowering, names: tuple[str, ...], heads: int, scale: float, ring
         params = AttentionChunk(*sizes, prefix=drawn.get("prefix", 0), tile=low.target.gemm_tile)
         low.call(KernelRef("attention_chunk", params), *read, out, **traffic)
         return
-    parts = 1 if tokens > 1 or drawn.get("blocks") or low.target.gpu else parts_of(kv_heads, rows)
+    parts = 1
+    if tokens == 1 and not drawn.get("blocks"):
+        parts = parts_on_gpu(heads, kv_heads, rows) if low.target.gpu else parts_of(kv_heads, rows)
     if parts == 1:
         low.call(KernelRef("cached_attention", CachedAttention(*sizes, **drawn)), *read, out, **traffic)
         return
