@@ -18,11 +18,12 @@ import edgeseq
 from edgeseq.compiler import compile_export
 from edgeseq.models.base import SequenceModel
 from edgeseq.runtime import Model, Session
+from edgeseq.verify import verify
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
 from tests.models.support import ODD, random_model
 
-from .support import folder, once
+from .support import QEMU, folder, once
 
 CONTEXT = 48
 # a matrix and a running maximum; caches, convolutions and scans in one state
@@ -35,7 +36,7 @@ def torch_model(name: str) -> SequenceModel:
     return random_model(ODD[name])
 
 
-def bundle(name: str) -> Path:
+def bundle(name: str, target: str = "host") -> Path:
     """Compiled from a module of the user's own, as which any model in memory can be exported."""
 
     def make(out: Path) -> None:
@@ -43,11 +44,10 @@ def bundle(name: str) -> Path:
         source.write_text(
             f"from tests.models.support import ODD, random_model\ndef make():\n    return random_model(ODD[{name!r}])\n"
         )
-        exported = folder() / f"{name}.properties.export"
-        export(f"{source}:make", exported, context=CONTEXT, chunks=(4,))
-        compile_export(exported, "host", out)
+        export(f"{source}:make", out, context=CONTEXT, chunks=(4,))
 
-    return once(folder() / f"{name}.properties", make)
+    exported = once(folder() / f"{name}.properties.export", make)
+    return once(folder() / f"{name}.properties.{target}", lambda out: compile_export(exported, target, out))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -72,6 +72,21 @@ def close(got: NDArray[np.float32], want: NDArray[np.float32]) -> None:
 
 def consumed(session: Session, tokens: list[int]) -> NDArray[np.float32]:
     return session.step(tokens[0]) if len(tokens) == 1 else session.prefill(tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_chain_verifies(name: str) -> None:
+    """Graphs on stock onnxruntime, then every form in the runtime, against PyTorch."""
+    report = verify(bundle(name), export=folder() / f"{name}.properties.export")
+    assert report.ok, [s for s in report.stages if not s.ok]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(QEMU is None, reason="qemu-user-static is not installed")
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_the_chain_verifies_for_aarch64(name: str) -> None:
+    report = verify(bundle(name, "raspberry-pi-5"), device="qemu-aarch64")
+    assert report.ok, [s for s in report.stages if not s.ok]
 
 
 MOVES = st.lists(
