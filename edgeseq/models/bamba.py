@@ -16,7 +16,7 @@ State of a layer: attention.key and attention.value [1,Hk,M,e], or mamba.conv [1
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -37,17 +37,19 @@ from edgeseq.models.hybrid_attention import (
     Attention,
     AttentionConfig,
     attention_tensors,
-    frequencies,
+    rope_constants,
     rope_from_hf,
 )
 from edgeseq.models.mamba2 import SSDConfig, SSDMixer, mixer_tensors
+from edgeseq.models.rope import RopeConfig
 from edgeseq.models.stack import random_tensor
-from edgeseq.models.transformer import RopeConfig
+
+HALF = RopeConfig(share=0.5)
 
 
 @dataclass(frozen=True)
 class BambaConfig:
-    """Shape of a Bamba model; `attention_at` are the layers that attend, `rotary` the channels of a head that turn."""
+    """Shape of a Bamba model; `attention_at` are the layers that attend."""
 
     vocab_size: int
     d_model: int
@@ -56,11 +58,10 @@ class BambaConfig:
     attention: AttentionConfig
     mamba: SSDConfig
     d_ff: int
-    rotary: int
     eps: float = 1e-5
     mlp_bias: bool = False
     tie: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig = HALF
 
     def __post_init__(self) -> None:
         if self.d_model != self.attention.d_model or self.d_model != self.mamba.d_model:
@@ -71,7 +72,7 @@ class Bamba(Hybrid):
     """Forms and state as in `SequenceModel`."""
 
     def __init__(self, config: BambaConfig) -> None:
-        super().__init__(config, self._layers(config), config.attention.head_dim)
+        super().__init__(config, self._layers(config), config.rope, config.attention.head_dim)
 
     @staticmethod
     def _layers(c: BambaConfig) -> Iterator[nn.Module]:
@@ -91,7 +92,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> BambaConfig:
     for reader in (r, ConfigReader(r.get("rope_parameters") or {}, "rope_parameters.")):
         reader.only("partial_rotary_factor", 0.5)
     r.only("attn_rotary_emb", head_dim // 2)
-    rope, rotary = rope_from_hf(raw, head_dim, 0.5)
     return BambaConfig(
         vocab_size=r.positive("vocab_size", default=128000),
         d_model=d_model,
@@ -106,11 +106,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> BambaConfig:
         ),
         mamba=ssd_from_hf(r, d_model, eps, "gate_first"),
         d_ff=r.positive("intermediate_size", default=14336),
-        rotary=rotary,
         eps=eps,
         mlp_bias=r.flag("mlp_bias", False),
         tie=r.flag("tie_word_embeddings", False),
-        rope=rope,
+        rope=rope_from_hf(raw, head_dim, 0.5),
     )
 
 
@@ -127,7 +126,9 @@ def hf_tensors(c: BambaConfig) -> dict[str, StoredTensor]:
         names[f"{ours}norm"] = StoredTensor(f"{theirs}input_layernorm.weight", (c.d_model,))
         names[f"{ours}ff_norm"] = StoredTensor(f"{theirs}pre_ff_layernorm.weight", (c.d_model,))
         if i in c.attention_at:
-            mixer = below("attention.", attention_tensors(c.attention, f"{theirs}self_attn.", c.rotary))
+            mixer = below(
+                "attention.", attention_tensors(c.attention, f"{theirs}self_attn.", c.rope.turned(c.attention.head_dim))
+            )
         else:
             mixer = below("mamba.", mixer_tensors(c.mamba, f"{theirs}mamba."))
         feed_forward = mlp_tensors(c.d_model, c.d_ff, f"{theirs}feed_forward.", c.mlp_bias)
@@ -145,13 +146,13 @@ FAMILY = Family(
     # ibm-ai-platform/Bamba-9B-v1: attention in layers 9, 18 and 27, 128 Mamba-2 heads of 64, N 128.
     zoo={
         "bamba-9b": BambaConfig(
-            128256, 4096, 32, (9, 18, 27), AttentionConfig(4096, 32, 8, 128), SSDConfig(4096, 128, 64, 128), 14336, 64
+            128256, 4096, 32, (9, 18, 27), AttentionConfig(4096, 32, 8, 128), SSDConfig(4096, 128, 64, 128), 14336
         )
     },
-    tiny=BambaConfig(256, 128, 4, (2,), AttentionConfig(128, 4, 2, 32), SSDConfig(128, 8, 32, 32), 192, 16, tie=True),
+    tiny=BambaConfig(256, 128, 4, (2,), AttentionConfig(128, 4, 2, 32), SSDConfig(128, 8, 32, 32), 192, tie=True),
     state_formula="4 (Lm (D N + (D + 2 G N) (k - 1)) + 2 La Hk e M)",
     growth="linear",
     ops=("causal_conv", "linear_attention", "rotary", "cached_attention"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": frequencies(c.rope, c.attention.head_dim, c.rotary)},
+    constants=lambda c: rope_constants(c.rope, c.attention.head_dim),
 )

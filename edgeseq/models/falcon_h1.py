@@ -34,13 +34,14 @@ from edgeseq.models.hybrid_attention import (
     Attention,
     AttentionConfig,
     attention_tensors,
-    frequencies,
+    rope_constants,
     rope_from_hf,
+    whole_heads,
 )
 from edgeseq.models.mamba2 import Norm as GateNorm
 from edgeseq.models.mamba2 import SSDConfig, SSDMixer, mixer_tensors
+from edgeseq.models.rope import RopeConfig
 from edgeseq.models.stack import random_tensor
-from edgeseq.models.transformer import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class FalconH1(Hybrid):
 
     def __init__(self, config: FalconH1Config) -> None:
         scale = config.multipliers.embedding
-        super().__init__(config, self._layers(config), config.attention.head_dim, scale)
+        super().__init__(config, self._layers(config), config.rope, config.attention.head_dim, scale)
 
     @staticmethod
     def _layers(c: FalconH1Config) -> Iterator[nn.Module]:
@@ -100,9 +101,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> FalconH1Config:
     eps, head_dim = r.number("rms_norm_eps", 1e-5), r.positive("head_dim", default=d_model // n_heads, least=2)
     d_inner = r.positive("mamba_d_ssm", default=1024) if r.get("mamba_d_ssm") or "mamba_d_ssm" not in raw else None
     projectors_bias = r.flag("projectors_bias", False)
-    rope, turned = rope_from_hf(raw, head_dim)
-    if turned != head_dim:
-        raise SourceError(f"config.json: partial_rotary_factor turns {turned} of {head_dim} channels, but must be 1.0")
     return FalconH1Config(
         vocab_size=r.positive("vocab_size", default=128000),
         d_model=d_model,
@@ -119,7 +117,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> FalconH1Config:
         eps=eps,
         mlp_bias=r.flag("mlp_bias", False),
         tie=r.flag("tie_word_embeddings", False),
-        rope=rope,
+        rope=whole_heads(rope_from_hf(raw, head_dim)),
         multipliers=_multipliers(r),
     )
 
@@ -218,5 +216,5 @@ FAMILY = Family(
     growth="linear",
     ops=("causal_conv", "linear_attention", "rotary", "cached_attention"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": frequencies(c.rope, c.attention.head_dim, c.attention.head_dim)},
+    constants=lambda c: rope_constants(c.rope, c.attention.head_dim),
 )

@@ -44,12 +44,13 @@ from edgeseq.models.hybrid_attention import (
     Attention,
     AttentionConfig,
     attention_tensors,
-    frequencies,
+    rope_constants,
     rope_from_hf,
+    whole_heads,
 )
 from edgeseq.models.mamba2 import SSDConfig, SSDMixer, mixer_tensors
 from edgeseq.models.moe import Moe, MoeConfig, flatten
-from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.rope import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class GraniteHybrid(Hybrid):
     """Forms and state as in `SequenceModel`."""
 
     def __init__(self, config: GraniteHybridConfig) -> None:
-        head_dim = config.attention.head_dim if config.rope else 0
-        super().__init__(config, self._layers(config), head_dim, config.embed_scale)
+        super().__init__(config, self._layers(config), config.rope, config.attention.head_dim, config.embed_scale)
 
     @staticmethod
     def _layers(c: GraniteHybridConfig) -> Iterator[nn.Module]:
@@ -106,9 +106,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GraniteHybridConfig:
     head_dim = r.positive("head_dim", default=d_model // n_heads)
     d_ff = r.positive("shared_intermediate_size", default=1024)
     kinds = layer_kinds(r, n_layers, {"mamba": 0, "linear_attention": 0, "attention": 1, "full_attention": 1})
-    rope, turned = rope_from_hf(raw, head_dim) if r.get("position_embedding_type") == "rope" else (None, head_dim)
-    if turned != head_dim:
-        raise SourceError(f"config.json: partial_rotary_factor turns {turned} of {head_dim} channels, but must be 1.0")
+    rotates = r.get("position_embedding_type") == "rope"
     return GraniteHybridConfig(
         vocab_size=r.positive("vocab_size", default=32000),
         d_model=d_model,
@@ -127,7 +125,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GraniteHybridConfig:
         experts=_experts(r, d_ff),
         eps=eps,
         tie=r.flag("tie_word_embeddings", False),
-        rope=rope,
+        rope=whole_heads(rope_from_hf(raw, head_dim)) if rotates else None,
         embed_scale=r.number("embedding_multiplier", 1.0),
         residual_scale=r.number("residual_multiplier", 1.0),
         logits_divisor=r.number("logits_scaling", 1.0),
@@ -186,10 +184,6 @@ def _rows(begin: int, end: int) -> Callable[[Array], Array]:
     return lambda x: np.ascontiguousarray(x[begin:end])
 
 
-def _constants(c: GraniteHybridConfig) -> dict[str, Array]:
-    return {"frequency": frequencies(c.rope, c.attention.head_dim, c.attention.head_dim)} if c.rope else {}
-
-
 FAMILY = Family(
     name="granite-hybrid",
     config=GraniteHybridConfig,
@@ -219,5 +213,5 @@ FAMILY = Family(
     growth="linear",
     ops=("causal_conv", "linear_attention", "cached_attention", "expert_linear"),
     random_tensor=random_tensor,
-    constants=_constants,
+    constants=lambda c: rope_constants(c.rope, c.attention.head_dim),
 )  # fmt: skip

@@ -23,10 +23,11 @@ from edgeseq.models import functional as ops
 from edgeseq.models import stack
 from edgeseq.models.base import Array, SequenceModel, StoredTensor, last_logits
 from edgeseq.models.hf import ConfigReader
-from edgeseq.models.hybrid_attention import Attention, Place, empty_frequency, place_of
+from edgeseq.models.hybrid_attention import Attention, Place, place_of
 from edgeseq.models.mamba2 import Norm as GateNorm
 from edgeseq.models.mamba2 import SSDConfig
 from edgeseq.models.moe import Moe
+from edgeseq.models.rope import RopeConfig
 from edgeseq.models.stack import Mixer, NegativeExp
 from edgeseq.spec import StateSlot
 
@@ -118,10 +119,17 @@ class Hybrid(SequenceModel):
     """Embedding, layers, norm and head. `config` has vocab_size, d_model, eps and tie.
 
     layers: with forward, advance and state_slots as in `HybridLayer`.
-    head_dim: of the attention whose queries and keys are rotated, 0 if none are. embed_scale multiplies embeddings.
+    rope, head_dim: how heads of this width are rotated, None where they are not. embed_scale multiplies embeddings.
     """
 
-    def __init__(self, config: Any, layers: Iterable[nn.Module], head_dim: int = 0, embed_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layers: Iterable[nn.Module],
+        rope: RopeConfig | None = None,
+        head_dim: int = 0,
+        embed_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         c = self.config = config
         self.embed_scale = embed_scale
@@ -129,7 +137,9 @@ class Hybrid(SequenceModel):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(torch.ones(c.d_model))
         self.head = None if c.tie else nn.Parameter(torch.empty(c.vocab_size, c.d_model))
-        self.register_buffer("frequency", empty_frequency(head_dim) if head_dim else None)
+        moved = rope is not None and rope.attention_factor != 1.0
+        self.register_buffer("frequency", None if rope is None else torch.empty(head_dim // 2, dtype=torch.int64))
+        self.register_buffer("amplitude", torch.empty(head_dim // 2) if moved else None)
         self.counts = [len(layer.state_slots(1)) for layer in self.layers]
         cached = any(slot.update in ("append", "ring") for layer in self.layers for slot in layer.state_slots(1))
         self.uses_position = cached  # type: ignore[misc]
@@ -143,7 +153,7 @@ class Hybrid(SequenceModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedded(tokens)
-        place = place_of(self.frequency, tokens.new_zeros(1), x)
+        place = place_of(self.frequency, self.amplitude, tokens.new_zeros(1), x)
         for layer in self.layers:
             x = layer(x, place)
         return F.linear(ops.rms_norm_parallel(x, self.norm, self.config.eps), self.head_weight())
@@ -157,7 +167,7 @@ class Hybrid(SequenceModel):
 
     def advance(self, tokens: Tensor, position: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         x, new, at = self.embedded(tokens), [], 0
-        place = place_of(self.frequency, position, x)
+        place = place_of(self.frequency, self.amplitude, position, x)
         for layer, count in zip(self.layers, self.counts, strict=True):
             x, *present = layer.advance(x, place, *state[at : at + count])
             new += present

@@ -1,9 +1,7 @@
 """Attention as a mixer beside recurrent ones: grouped queries over a cache, rotated, partly rotated or not at all.
 
 Letters as in `transformer.py`: H query heads, Hk key/value heads, e head width, M rows of the cache, W window.
-Partial rotation turns the first `rotary` channels of a head, in pairs (i, i + rotary/2). Here every pair (i, i + e/2)
-turns, those beyond rotary/2 by the frequency 0; a checkpoint's channels are put in that order when they are read, for
-queries and keys alike, which leaves every score as it is.
+Where a part of a head turns, a checkpoint's channels are put in another order as they are read (`rope.channel_order`).
 """
 
 from __future__ import annotations
@@ -13,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
-from edgeseq.models import parallel, rotary, transformer
+from edgeseq.models import parallel, rotary
 from edgeseq.models.base import Array, StoredTensor
 from edgeseq.models.hf import ConfigReader
-from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.rope import RopeConfig, any_rope_from_hf, channel_order, reordered
 from edgeseq.spec import StateSlot, Update
 
 Norm = Callable[[Tensor, Tensor | None, float], Tensor]
@@ -130,39 +127,32 @@ class Attention(nn.Module):
         return tuple(StateSlot(name, "float32", shape, 0.0, update, 2) for name in ("key", "value"))
 
 
-def frequencies(rope: RopeConfig, head_dim: int, turned: int) -> Array:
-    """Fractions of a turn per token (`rotary.turns`) of the e/2 pairs of a head whose first `turned` channels turn."""
-    rest = np.zeros((head_dim - turned) // 2, np.int64)
-    return np.concatenate([rotary.turns(rope.radians(turned)), rest])
+def rope_from_hf(raw: Mapping[str, Any], head_dim: int, share: float = 1.0) -> RopeConfig:
+    """The frequencies of a config.json; `share` of a head turns where it does not say. Heads are even."""
+    if head_dim % 2:
+        raise SourceError(f"A head width of {head_dim} is odd, so its channels cannot be rotated in pairs")
+    given = {name: value for name, value in raw.items() if value is not None}
+    rope, longest = any_rope_from_hf(ConfigReader({"partial_rotary_factor": share} | given), head_dim)
+    if longest is not None:
+        raise SourceError(
+            f"config.json: its rotary frequencies hold for {longest} tokens only, which no hybrid honours"
+        )
+    return rope
 
 
-def rope_from_hf(raw: Mapping[str, Any], head_dim: int, share: float = 1.0) -> tuple[RopeConfig, int]:
-    """The frequencies of a config.json and how many channels of a head turn: partial_rotary_factor, or `share`."""
-    r = ConfigReader(raw)
-    nested = "rope_parameters" if r.get("rope_parameters") is not None else "rope_scaling"
-    inner = ConfigReader(r.get(nested) or {}, prefix=f"{nested}.")
-    turned = int(head_dim * inner.number("partial_rotary_factor", r.number("partial_rotary_factor", share)))
-    if not 2 <= turned <= head_dim or turned % 2 or head_dim % 2:
-        raise SourceError(f"config.json: {turned} of {head_dim} channels of a head cannot be rotated in pairs")
-    whole = {**inner.raw, "partial_rotary_factor": None}
-    return transformer.rope_from_hf(ConfigReader({**raw, nested: whole, "partial_rotary_factor": None})), turned
+def whole_heads(rope: RopeConfig) -> RopeConfig:
+    """The same, or SourceError where only a part of a head turns."""
+    if rope.share != 1.0:
+        raise SourceError(f"config.json: partial_rotary_factor is {rope.share}, but must be 1.0")
+    return rope
 
 
-def channel_order(head_dim: int, turned: int) -> Array:
-    """Which stored channel of a head comes where, so that (i, i + turned/2) becomes (i, i + e/2): int64 [e]."""
-    half, rest = turned // 2, (head_dim - turned) // 2
-    parts = ((0, half), (turned, rest), (half, half), (turned + rest, rest))
-    return np.concatenate([np.arange(start, start + count) for start, count in parts])
-
-
-def reordered(heads: int, order: Array) -> Callable[[Array], Array]:
-    """Rows (or elements) of `heads` equal parts, each in this order."""
-
-    def rows(x: Array) -> Array:
-        parts = x.reshape(heads, len(order), *x.shape[1:])[:, order]
-        return np.ascontiguousarray(parts.reshape(x.shape))
-
-    return rows
+def rope_constants(rope: RopeConfig | None, head_dim: int) -> dict[str, Array]:
+    """The buffers of a `Hybrid` whose heads of this width are rotated, none where rope is None."""
+    if rope is None:
+        return {}
+    found = {"frequency": rope.frequencies(head_dim)}
+    return found if rope.attention_factor == 1.0 else found | {"amplitude": rope.amplitudes(head_dim)}
 
 
 def attention_tensors(c: AttentionConfig, theirs: str, turned: int | None = None) -> dict[str, StoredTensor]:
@@ -181,13 +171,11 @@ def attention_tensors(c: AttentionConfig, theirs: str, turned: int | None = None
     return names
 
 
-def place_of(frequency: Tensor | None, position: Tensor, embedded: Tensor) -> Place:
-    """The place of embedded tokens [B,T,d]; frequency int64 [e/2], or None where nothing is rotated."""
+def place_of(frequency: Tensor | None, amplitude: Tensor | None, position: Tensor, embedded: Tensor) -> Place:
+    """The place of embedded tokens [B,T,d]; frequency int64 [e/2] (None: nothing is rotated), amplitude [e/2]."""
     if frequency is None:
         return Place(position, None, None, embedded)
-    return Place(position, *rotary.angles(frequency, position, embedded.shape[1]), embedded)
-
-
-def empty_frequency(head_dim: int) -> Tensor:
-    """The buffer that `frequencies` fills."""
-    return torch.empty(head_dim // 2, dtype=torch.int64)
+    cos, sin = rotary.angles(frequency, position, embedded.shape[1])
+    if amplitude is not None:
+        cos, sin = cos * amplitude, sin * amplitude
+    return Place(position, cos, sin, embedded)

@@ -22,7 +22,7 @@ State of a layer: attention.key and attention.value [1,Hk,M,e], or delta_net.con
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,13 @@ from edgeseq.models.hybrid_attention import (
     AttentionConfig,
     Norm,
     attention_tensors,
-    channel_order,
-    frequencies,
+    rope_constants,
     rope_from_hf,
 )
 from edgeseq.models.moe import Moe, MoeConfig, stored_stacks
-from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.rope import RopeConfig, channel_order
+
+QUARTER = RopeConfig(share=0.25)
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,9 @@ class Qwen3NextConfig:
     delta_net: DeltaConfig
     experts: MoeConfig
     d_ff: int
-    rotary: int
     eps: float = 1e-6
     tie: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig = QUARTER
 
 
 class GatedAttention(Attention):
@@ -98,7 +98,7 @@ class Qwen3Next(Hybrid):
     """Forms and state as in `SequenceModel`."""
 
     def __init__(self, config: Qwen3NextConfig) -> None:
-        super().__init__(config, self._layers(config), config.attention.head_dim)
+        super().__init__(config, self._layers(config), config.rope, config.attention.head_dim)
 
     @staticmethod
     def _layers(c: Qwen3NextConfig) -> Iterator[nn.Module]:
@@ -120,7 +120,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> Qwen3NextConfig:
     d_model, n_heads = r.positive("hidden_size", default=2048), r.positive("num_attention_heads", default=16)
     n_layers, eps = r.positive("num_hidden_layers", default=48, most=MOST_LAYERS), r.number("rms_norm_eps", 1e-6)
     head_dim = r.positive("head_dim", default=256, least=2)
-    rope, rotary = rope_from_hf(raw, head_dim, 0.25)
     return Qwen3NextConfig(
         vocab_size=r.positive("vocab_size", default=151936),
         d_model=d_model,
@@ -145,10 +144,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> Qwen3NextConfig:
         ),
         experts=_experts_config(r),
         d_ff=r.positive("intermediate_size", default=5632),
-        rotary=rotary,
         eps=eps,
         tie=r.flag("tie_word_embeddings", False),
-        rope=rope,
+        rope=rope_from_hf(raw, head_dim, 0.25),
     )
 
 
@@ -210,7 +208,8 @@ def _centred(name: str, width: int, order: Array | None = None) -> StoredTensor:
 def _attention(c: Qwen3NextConfig, theirs: str) -> dict[str, StoredTensor]:
     """The query projection is stored with the gate's: rows of each head, then those of its gate."""
     a, e = c.attention, c.attention.head_dim
-    order, names = channel_order(e, c.rotary), attention_tensors(a, theirs, c.rotary)
+    turned = c.rope.turned(e)
+    order, names = channel_order(e, turned), attention_tensors(a, theirs, turned)
     for kind in ("weight", "bias") if a.bias else ("weight",):
         both = (2 * a.n_heads * e, a.width)[: 2 if kind == "weight" else 1]
         stored = replace(names[f"q_proj.{kind}"], shape=both)
@@ -258,16 +257,16 @@ FAMILY = Family(
         "qwen3-next-80b": Qwen3NextConfig(
             151936, 2048, 48, tuple(range(3, 48, 4)), (), AttentionConfig(2048, 16, 2, 256),
             DeltaConfig(2048, 16, 32, 128, 128), MoeConfig(512, 10, 512, d_shared=512, shared_gate=True),
-            5632, 64, rope=RopeConfig(1e7),
+            5632, rope=RopeConfig(1e7, share=0.25),
         )
     },
     tiny=Qwen3NextConfig(
         256, 128, 4, (3,), (), AttentionConfig(128, 4, 2, 32), DeltaConfig(128, 2, 4, 32, 32),
-        MoeConfig(4, 2, 56, d_shared=32, shared_gate=True), 64, 8, tie=True,
+        MoeConfig(4, 2, 56, d_shared=32, shared_gate=True), 64, tie=True,
     ),
     state_formula="4 (Lm (Hv K V + (2 G K + Hv V) (k - 1)) + 2 La Hk e M)",
     growth="linear",
     ops=("causal_conv", "linear_attention", "rotary", "cached_attention", "expert_linear"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": frequencies(c.rope, c.attention.head_dim, c.rotary)},
+    constants=lambda c: rope_constants(c.rope, c.attention.head_dim),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,7 +43,7 @@ from edgeseq.models.hybrid_attention import (
     AttentionConfig,
     Place,
     attention_tensors,
-    frequencies,
+    rope_constants,
     rope_from_hf,
 )
 from edgeseq.models.rope import RopeConfig
@@ -91,6 +91,12 @@ class RecurrentGemmaConfig:
     def rotary(self) -> int:
         """Channels of a head that turn: half of them unless said otherwise."""
         return self.turned or self.head_dim // 2
+
+    @property
+    def turning(self) -> RopeConfig:
+        """The frequencies of that part of a head; half a channel more, so that the share is of no fewer."""
+        whole = self.rotary == self.head_dim
+        return replace(self.rope, share=1.0 if whole else (self.rotary + 0.5) / self.head_dim)
 
     @property
     def block(self) -> int:
@@ -219,7 +225,7 @@ class RecurrentGemma(Hybrid):
     def __init__(self, c: RecurrentGemmaConfig) -> None:
         layers = [GriffinLayer(c, c.attends(i)) for i in range(c.n_layers)]
         scale = float(torch.tensor(math.sqrt(c.d_model), dtype=torch.bfloat16, device="cpu"))
-        super().__init__(c, layers, c.head_dim, scale)
+        super().__init__(c, layers, c.turning, c.head_dim, scale)
         self.uses_position = True  # type: ignore[misc]  # the first token of a sequence is told by it
 
     def capped(self, z: Tensor) -> Tensor:
@@ -259,7 +265,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> RecurrentGemmaConfig:
     if kinds is not None and (not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds)):
         raise SourceError(f"config.json: block_types is {kinds!r:.60}, but must be a list of kinds of layers")
     doubled = r.positive("intermediate_size", default=7680, least=2)
-    rope, turned = rope_from_hf(raw, d_model // n_heads, 0.5)
+    rope = rope_from_hf(raw, d_model // n_heads, 0.5)
     return RecurrentGemmaConfig(
         vocab_size=r.positive("vocab_size", default=256000),
         d_model=d_model,
@@ -271,7 +277,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> RecurrentGemmaConfig:
         window=r.positive("attention_window_size", default=2048),
         d_conv=r.positive("conv1d_width", default=4, least=2),
         pattern=PATTERN if kinds is None else tuple(kinds),
-        turned=turned,
+        turned=rope.turned(d_model // n_heads),
         eps=r.number("rms_norm_eps", 1e-6),
         cap=r.number("logits_soft_cap", 30.0),
         attention_bias=r.flag("attention_bias", False),
@@ -344,5 +350,5 @@ FAMILY = Family(
     growth="window",
     ops=("causal_conv", "gated_scan", "rotary", "window_attention"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": frequencies(c.rope, c.head_dim, c.rotary)},
+    constants=lambda c: rope_constants(c.turning, c.head_dim),
 )

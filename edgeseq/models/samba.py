@@ -35,9 +35,9 @@ from edgeseq.models.hybrid import (
     mlp_tensors,
     random_tensor,
 )
-from edgeseq.models.hybrid_attention import Attention, AttentionConfig, attention_tensors, frequencies
+from edgeseq.models.hybrid_attention import Attention, AttentionConfig, attention_tensors, rope_constants
 from edgeseq.models.mamba import MambaMixer, MambaShape, mixer_tensors
-from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.rope import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Samba(Hybrid):
     """Forms and state as in `SequenceModel`."""
 
     def __init__(self, config: SambaConfig) -> None:
-        super().__init__(config, self._layers(config), config.attention.head_dim)
+        super().__init__(config, self._layers(config), RopeConfig(config.theta), config.attention.head_dim)
 
     @staticmethod
     def _layers(c: SambaConfig) -> Iterator[nn.Module]:
@@ -157,5 +157,5 @@ FAMILY = Family(
     growth="window",
     ops=("causal_conv", "selective_scan", "rotary", "window_attention"),
     random_tensor=random_tensor,
-    constants=lambda c: {"frequency": frequencies(RopeConfig(c.theta), c.attention.head_dim, c.attention.head_dim)},
+    constants=lambda c: rope_constants(RopeConfig(c.theta), c.attention.head_dim),
 )  # fmt: skip

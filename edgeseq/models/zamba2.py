@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
 from edgeseq.models import functional as ops
-from edgeseq.models.base import Array, Checkpoint, Family, StoredTensor
+from edgeseq.models.base import Checkpoint, Family, StoredTensor
 from edgeseq.models.hf import MOST_LAYERS, ConfigReader
 from edgeseq.models.hybrid import Hybrid, HybridLayer, below, layer_kinds
 from edgeseq.models.hybrid_attention import (
@@ -38,12 +38,13 @@ from edgeseq.models.hybrid_attention import (
     Norm,
     Place,
     attention_tensors,
-    frequencies,
+    rope_constants,
     rope_from_hf,
+    whole_heads,
 )
 from edgeseq.models.mamba2 import SSDConfig, SSDMixer, mixer_tensors
+from edgeseq.models.rope import RopeConfig
 from edgeseq.models.stack import random_tensor
-from edgeseq.models.transformer import RopeConfig
 from edgeseq.spec import StateSlot
 
 
@@ -170,7 +171,7 @@ class Zamba2(Hybrid):
             UsingLayer(c, block_of[i]) if i in block_of else HybridLayer(c.d_model, c.eps, {"mamba": SSDMixer(c.mamba)})
             for i in range(c.n_layers)
         ]
-        super().__init__(config, layers, c.attention.head_dim if c.rope else 0)
+        super().__init__(config, layers, c.rope, c.attention.head_dim)
         self.shared = nn.ModuleList(blocks)
 
 
@@ -192,9 +193,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> Zamba2Config:
             f"config.json: use_shared_attention_adapter makes keys and values {2 * d_model} wide, "
             f"but {kv} heads of {head_dim} are {kv * head_dim}"
         )
-    rope, turned = rope_from_hf(raw, head_dim) if r.flag("use_mem_rope", False) else (None, head_dim)
-    if turned != head_dim:
-        raise SourceError(f"config.json: partial_rotary_factor turns {turned} of {head_dim} channels, but must be 1.0")
     if r.get("layers_block_type") is None and r.get("layer_types") is None:
         raise SourceError("config.json lacks layers_block_type")
     kinds, scale = layer_kinds(r, n_layers, {"mamba": 0, "linear_attention": 0, "hybrid": 1}), (head_dim / 2) ** -0.5
@@ -212,7 +210,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> Zamba2Config:
         linear_bias=linear_bias,
         eps=r.number("rms_norm_eps", 1e-5),
         tie=r.flag("tie_word_embeddings", True),
-        rope=rope,
+        rope=whole_heads(rope_from_hf(raw, head_dim)) if r.flag("use_mem_rope", False) else None,
     )
 
 
@@ -285,10 +283,6 @@ def _use(c: Zamba2Config, theirs: str, use: int) -> dict[str, StoredTensor]:
     return names
 
 
-def _constants(c: Zamba2Config) -> dict[str, Array]:
-    return {"frequency": frequencies(c.rope, c.attention.head_dim, c.attention.head_dim)} if c.rope else {}
-
-
 def _attention(d: int, heads: int) -> AttentionConfig:
     return AttentionConfig(d, heads, heads, 2 * d // heads, scale=math.sqrt(heads / d), d_in=2 * d)
 
@@ -314,5 +308,5 @@ FAMILY = Family(
     growth="linear",
     ops=("causal_conv", "linear_attention", "rotary", "cached_attention"),
     random_tensor=random_tensor,
-    constants=_constants,
+    constants=lambda c: rope_constants(c.rope, c.attention.head_dim),
 )  # fmt: skip

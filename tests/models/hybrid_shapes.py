@@ -12,16 +12,17 @@ from edgeseq.models.mamba import MambaShape
 from edgeseq.models.mamba2 import SSDConfig
 from edgeseq.models.moe import MoeConfig
 from edgeseq.models.qwen3_next import Qwen3NextConfig
+from edgeseq.models.rope import RopeConfig
 from edgeseq.models.samba import SambaConfig
-from edgeseq.models.transformer import RopeConfig
 from edgeseq.models.zamba2 import Zamba2Config
 
-LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16)
+LLAMA3 = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 16, share=0.4)
+YARN = RopeConfig(kind="yarn", factor=4.0, original_context=16, attention_factor=1.2, share=0.4)
 HYBRIDS = {
     "bamba-odd": BambaConfig(
         61, 36, 3, (1,), AttentionConfig(36, 6, 2, 10, bias=True),
         SSDConfig(36, 6, 7, 5, n_groups=3, d_conv=3, dt_min=0.01, dt_max=0.4, proj_bias=True, conv_bias=False),
-        40, 4, mlp_bias=True, rope=LLAMA3,
+        40, mlp_bias=True, rope=LLAMA3,
     ),
     "falcon-h1-odd": FalconH1Config(
         53, 30, 2, AttentionConfig(30, 3, 3, 6), SSDConfig(30, 4, 9, 5, n_groups=2, norm="norm_first", out_bias=True),
@@ -37,7 +38,7 @@ HYBRIDS = {
     ),
     "qwen3-next-odd": Qwen3NextConfig(
         53, 30, 3, (1,), (2,), AttentionConfig(30, 6, 2, 10, bias=True), DeltaConfig(30, 2, 6, 7, 5, d_conv=3),
-        MoeConfig(5, 2, 11, d_shared=7, shared_gate=True), 22, 4,
+        MoeConfig(5, 2, 11, d_shared=7, shared_gate=True), 22, rope=YARN,
     ),
     "samba-odd": SambaConfig(
         53, 30, 3, (0, 2), AttentionConfig(30, 6, 2, 10, bias=True, window=5),

@@ -53,7 +53,7 @@ def test_the_untouched_directories_open(name: str, written: Any) -> None:
     assert model.uses_position == any(n.endswith(".key") for n in names)
 
 
-REFUSED = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("bamba", {"attn_layer_indices": [3]}, r"attn_layer_indices is \[3\], but the layers are 0 to 2"),
     ("bamba", {"attn_layer_indices": [True]}, "attn_layer_indices is .* a list of layer numbers"),

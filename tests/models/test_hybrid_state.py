@@ -11,8 +11,8 @@ import torch
 from edgeseq.models import rotary
 from edgeseq.models.base import SequenceModel
 from edgeseq.models.functional import rotary_parallel
-from edgeseq.models.hybrid_attention import AttentionConfig, attention_tensors, channel_order, frequencies
-from edgeseq.models.transformer import RopeConfig
+from edgeseq.models.hybrid_attention import AttentionConfig, attention_tensors
+from edgeseq.models.rope import RopeConfig, channel_order
 from edgeseq.verify.tolerances import tolerance
 from tests.models.hybrid_shapes import HYBRIDS
 from tests.models.support import CONTEXT, random_model
@@ -116,7 +116,7 @@ def test_a_head_of_which_a_part_turns(width: int, turned: int) -> None:
         first = rotary_parallel(parts[..., :turned].flatten(-2), angle.cos()[None], angle.sin()[None], heads, False)
         return torch.cat([first.unflatten(-1, (heads, turned)), parts[..., turned:]], -1).flatten(-2)
 
-    frequency = torch.from_numpy(frequencies(RopeConfig(), width, turned))
+    frequency = torch.from_numpy(RopeConfig(share=(turned + 0.5) / width if turned < width else 1.0).frequencies(width))
     assert (frequency == 0).sum() == (width - turned) // 2
     cos, sin = rotary.angles(frequency, torch.zeros(1, dtype=torch.int64), 9)
 
