@@ -481,7 +481,7 @@ static int allocate(int kind, size_t bytes, void **address)
     object *o = make(kind);
     o->bytes = bytes;
     o->data = aligned_alloc(256, (bytes + 255) / 256 * 256);
-    memset(o->data, 0xcd, bytes);
+    memset(o->data, 0xcd, bytes < 1 << 20 ? bytes : 1 << 20); /* never zero by chance */
     *address = o->data;
     return 0;
 }

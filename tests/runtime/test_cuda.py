@@ -240,8 +240,8 @@ def test_whatever_fails_is_told_and_leaves_nothing(fake: cb.Fake, bundle: Path, 
     wanted = scenario(bundle)
     calls = fake.calls(symbol)
     assert fake.live == 0 and (calls > 0 or symbol in ("cuMemGetInfo_v2", "cuDeviceTotalMem_v2"))
-    for nth in sorted({*range(1, min(calls, 12) + 1), calls // 2, calls - 1, calls} - {-1, 0}):
-        for code in (1, 2, 700, 999):
+    for nth in sorted({1, 2, 3, 4, calls // 2, calls - 1, calls} - {-1, 0}):
+        for code in (1, 2, 700):
             fake.reset()
             fake.fail(symbol, nth, code)
             try:
