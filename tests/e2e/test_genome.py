@@ -88,5 +88,5 @@ def test_the_program_says_what_pytorch_says(tmp_path: Path) -> None:
     assert set(rows) == {"128", "10000", "15000"}
     for count, told in rows.items():
         assert float(told) == pytest.approx(bits(letters[5 : 5 + int(count) + 1]), abs=2e-4)
-    grown = re.search(r"memory since 10000 bases \+(\d+) KiB", done.stdout)
+    grown = re.search(r"memory since 10000 bases: \+(\d+) KiB", done.stdout)
     assert grown and int(grown[1]) <= 64
