@@ -18,6 +18,8 @@ The filters are a function of time, evaluated at t = 0 .. R-1 with u = t / (R-1)
   e    = [u, cos(w_b 2 pi t / R), -sin(w_b 2 pi t / R)],  w_b from 1e-4 to (E-1)/2 - 1 in equal steps
   delta per channel from ln(100)/1.5 to ln(100)/0.3 in equal steps
 which an export does once, in double: a device reads R taps and never runs that network.
+HyenaDNA (Nguyen et al. 2023, arXiv 2306.15794) is the same with layer norms, a feed-forward W_down gelu(W_up h + b) + b
+(GELU by tanh), e and delta learned, and exp(-u |delta|) + 0.05. `layout` says which one it is.
 
 State of a layer: conv [1,k-1,(o+1) d] and history.j [1,M,d] for each filter, which holds every v that entered it:
 exact, and linear in the context, half of the keys and values of attention at order 2. A step costs min(position + 1, R)
@@ -31,94 +33,22 @@ them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeseq.errors import SourceError
 from edgeseq.models import distill, parallel, scan_op, state_space
 from edgeseq.models import functional as ops
-from edgeseq.models.base import Array, Family, last_logits
+from edgeseq.models.base import Array, Checkpoint, Family, last_logits
 from edgeseq.models.distill import Distilled, LayerReport
+from edgeseq.models.hyena_dna import config_from_hf, hf_tensors
+from edgeseq.models.hyena_filter import HyenaConfig, ImplicitFilter, parts_of, taps, timed
 from edgeseq.models.stack import Mixer, Stack
 from edgeseq.models.stack import random_tensor as stack_tensor
 from edgeseq.spec import StateSlot
-
-SLOW, FAST = math.log(100) / 1.5, math.log(100) / 0.3  # decay at the horizon: to a hundredth after 1.5 or 0.3 of it
-
-
-@dataclass(frozen=True)
-class HyenaConfig:
-    """Shape of a Hyena; `horizon` is R, `filter_bands` (E - 1) / 2, `tie` shares embedding and head.
-
-    frequency: of the sines at the start: the smaller, the smoother the filters.
-
-    modal: modes of each layer's distilled filters, 0 for an exact layer; empty: all are exact.
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    d_ff: int
-    horizon: int
-    order: int = 2
-    d_conv: int = 3
-    filter_width: int = 64
-    filter_bands: int = 2
-    frequency: float = 10.0
-    modal: tuple[int, ...] = ()
-    eps: float = 1e-6
-    tie: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modal", tuple(self.modal))  # a list when it comes from a manifest
-        if self.order < 2:
-            raise SourceError(f"A Hyena of order {self.order} has no long filter", "give an order of at least 2")
-        if self.horizon < 1 or self.d_conv < 2 or self.filter_bands < 1:
-            raise SourceError("A Hyena needs a horizon and a band of at least 1 and a short filter of at least 2")
-        if self.modal and (len(self.modal) != self.n_layers or min(self.modal) < 0):
-            raise SourceError(f"A Hyena of {self.n_layers} layers cannot have the modes {list(self.modal)}")
-
-    @property
-    def modes(self) -> tuple[int, ...]:
-        """Modes of every layer, 0 for an exact one."""
-        return self.modal or (0,) * self.n_layers
-
-
-class ImplicitFilter(nn.Module):
-    """The network behind all long filters of a layer: filter j of channel c is its output j d + c."""
-
-    def __init__(self, c: HyenaConfig) -> None:
-        super().__init__()
-        width = c.filter_width
-        self.first = nn.Linear(1 + 2 * c.filter_bands, width)
-        self.second = nn.Linear(width, width)
-        self.third = nn.Linear(width, width)
-        self.last = nn.Linear(width, (c.order - 1) * c.d_model, bias=False)
-        self.frequency = nn.Parameter(torch.ones(width))
-
-
-PARTS = tuple(f"{layer}.{part}" for layer in ("first", "second", "third") for part in ("weight", "bias"))
-PARTS = (*PARTS, "last.weight", "frequency")
-
-
-def taps(c: HyenaConfig, count: int, *parts: Tensor) -> Tensor:
-    """The first `count` taps of a layer's filters, float32 [o-1,count,d], in double on the way. parts: as in PARTS."""
-    *layers, last, frequency = (p.double() for p in parts)
-    t = torch.arange(count, dtype=torch.float64, device=last.device)
-    u = t / max(c.horizon - 1, 1)
-    bands = torch.linspace(1e-4, c.filter_bands - 1, c.filter_bands, dtype=torch.float64, device=last.device)
-    angle = 2 * math.pi / c.horizon * t[:, None] * bands
-    x = torch.cat([u[:, None], torch.cos(angle), -torch.sin(angle)], 1)
-    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        x = torch.sin(frequency * nn.functional.linear(x, weight, bias))
-    delta = torch.linspace(SLOW, FAST, last.shape[0], dtype=torch.float64, device=last.device)
-    filters = nn.functional.linear(x, last) * torch.exp(-u[:, None] * delta)
-    return filters.float().unflatten(1, (c.order - 1, c.d_model)).transpose(0, 1)
 
 
 class HyenaMixer(Mixer):
@@ -147,7 +77,9 @@ class HyenaMixer(Mixer):
             pairs = zip(self.poles, self.residues, strict=True)
             return [state_space.modal_kernel(poles, residues, tokens) for poles, residues in pairs]
         parts = dict(self.filter.named_parameters())
-        return list(taps(self.c, min(tokens, self.c.horizon), *(parts[name] for name in PARTS)).transpose(1, 2))
+        return list(
+            taps(self.c, min(tokens, self.c.horizon), *(parts[name] for name in parts_of(self.c))).transpose(1, 2)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         z = parallel.causal_conv_parallel(self.in_proj(h), self.conv_weight, self.conv_bias)
@@ -184,6 +116,28 @@ class HyenaMixer(Mixer):
         return (conv, *made)
 
 
+class DnaLayer(nn.Module):
+    """HyenaDNA's residual layer: layer norms, and a feed-forward without a gate."""
+
+    def __init__(self, c: HyenaConfig, modes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(c.d_model, c.eps)
+        self.mixer = HyenaMixer(c, modes)
+        self.ff_norm = nn.LayerNorm(c.d_model, c.eps)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(nn.functional.gelu(self.up_proj(self.ff_norm(x)), approximate="tanh"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(x + self.mixer(self.norm(x)))
+
+    def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        y, *new = self.mixer.advance(self.norm(x), *state)
+        return self.feed_forward(x + y), *new
+
+
 class Hyena(Stack):
     """Embedding, layers, norm and head; forms and state as in `SequenceModel`. A position is read by exact layers."""
 
@@ -191,6 +145,20 @@ class Hyena(Stack):
         modes = iter(config.modes)
         super().__init__(config, lambda c: HyenaMixer(c, next(modes)))
         self.uses_position = 0 in config.modes  # type: ignore[misc]
+        if config.layout == "hyenadna":
+            self.layers = nn.ModuleList(DnaLayer(config, modes) for modes in config.modes)
+            del self.norm
+            self.norm = nn.LayerNorm(config.d_model, config.eps)
+
+    def normed(self, x: Tensor, norm: Callable[..., Tensor]) -> Tensor:
+        """What the head reads; norm: of the paper's layout."""
+        return self.norm(x) if self.config.layout == "hyenadna" else norm(x, self.norm, self.config.eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.linear(self.normed(x, ops.rms_norm_parallel), self.head_weight())
 
     def state_slots(self, context: int) -> tuple[StateSlot, ...]:
         return tuple(
@@ -204,14 +172,13 @@ class Hyena(Stack):
         for i, layer in enumerate(self.layers):
             x, *present = layer.advance(x, position, *state[i * each : (i + 1) * each])
             new += present
-        logits = last_logits(x, lambda h: ops.rms_norm(h, self.norm, self.config.eps), self.head_weight())
-        return (logits, *new)
+        return (last_logits(x, lambda h: self.normed(h, ops.rms_norm), self.head_weight()), *new)
 
 
 def derive(c: HyenaConfig, name: str, read: Callable[[str], Array]) -> Array:
     """The taps [R,d] of one filter from the network behind it."""
     mixer, leaf = name.rsplit(".", 1)
-    parts = [read(f"{mixer}.filter.{part}") for part in PARTS]
+    parts = [read(f"{mixer}.filter.{part}") for part in parts_of(c)]
     (found,) = state_space.numpy_of(lambda *x: (taps(c, c.horizon, *x),), *parts)
     return np.ascontiguousarray(found[int(leaf.removeprefix("taps"))])
 
@@ -251,6 +218,9 @@ def random_tensor(c: HyenaConfig, name: str, shape: tuple[int, ...], rng: np.ran
     """
     _, _, inner = name.partition(".filter.")
     leaf = name.rsplit(".", 1)[-1]
+    if inner in ("time", "delta"):
+        made = timed(c, torch.arange(c.horizon, dtype=torch.float64)[:, None] / max(c.horizon - 1, 1))
+        return made[inner == "delta"].float().numpy()
     if inner == "frequency":
         return np.full(shape, c.frequency, np.float32)
     if inner:
@@ -263,6 +233,8 @@ def random_tensor(c: HyenaConfig, name: str, shape: tuple[int, ...], rng: np.ran
         return np.stack([z.real, z.imag], 1).astype(np.float32)
     if leaf == "conv_weight" or ".residues." in name:
         return rng.uniform(-(shape[1] ** -0.5), shape[1] ** -0.5, shape).astype(np.float32)
+    if c.layout == "hyenadna" and leaf == "bias" and len(shape) == 1:
+        return np.zeros(shape, np.float32)
     return stack_tensor(c, name, shape, rng)
 
 
@@ -270,7 +242,12 @@ FAMILY = Family(
     name="hyena",
     config=HyenaConfig,
     model=Hyena,
-    checkpoint=None,
+    checkpoint=Checkpoint(
+        model_types=("hyenadna",),
+        config=config_from_hf,
+        tensors=hf_tensors,
+        ignored=(".pos_emb.t", ".implicit_filter.3.freq", ".implicit_filter.5.freq"),
+    ),
     # The paper's 153M (appendix A): 18 layers of 864; a gated feed-forward of 1152 weighs what its 1728 do.
     zoo={"hyena-153m": HyenaConfig(50257, 864, 18, 1152, 2048)},
     tiny=HyenaConfig(256, 128, 4, 216, 256, frequency=1.0),

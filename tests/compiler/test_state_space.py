@@ -17,7 +17,7 @@ from exporters import export
 from tests.models.support import ODD
 
 KERNEL = {"s4d-odd": "diag_scan", "s4-odd": "dense_scan", "liquid-s4-odd": "diag_scan", "gss-odd": "diag_scan"}
-KERNEL |= {"hyena-odd": "long_conv", "hyena-mixed": "long_conv"}
+KERNEL |= {"hyena-odd": "long_conv", "hyena-mixed": "long_conv", "hyena-dna": "long_conv"}
 QUICK = {"s4-odd": "ort", "hyena-mixed": "onnx"}
 CASES = [pytest.param(n, QUICK[n]) for n in QUICK]
 CASES += [pytest.param(n, f, marks=pytest.mark.slow) for n in KERNEL for f in ("onnx", "ort") if QUICK.get(n) != f]

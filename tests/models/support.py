@@ -65,6 +65,7 @@ ODD = {
     "rwkv7-odd": Rwkv7Config(61, 24, 3, 3, 40, 5, 7, 4, 6),
     "gss-odd": GssConfig(61, 22, 2, 37, 13, 5, tie=False),
     "hyena-odd": HyenaConfig(53, 22, 2, 19, 29, order=3, d_conv=4, filter_width=11, filter_bands=3, tie=False),
+    "hyena-dna": HyenaConfig(61, 18, 2, 25, 50, filter_width=7, eps=1e-3, tie=False, layout="hyenadna"),
     "hyena-mixed": HyenaConfig(53, 22, 3, 19, 60, filter_width=11, filter_bands=1, modal=(3, 0, 2)),
     "liquid-s4-odd": LiquidS4Config(53, 23, 2, 3, 18, degree=4, tie=False),
     "s4-odd": S4Config(61, 22, 2, 5, 0, tie=False),
