@@ -21,8 +21,8 @@ CLASSES = {
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
     "zamba2": ("Zamba2Config", "Zamba2ForCausalLM"),
 }
-# under seed 0 the first two say one token for ever, and both sides of the last one are as far from float64 as apart
-SEEDS = {"falcon_h1-norm-first": 2, "granitemoehybrid-dense": 2, "qwen3_next": 1}
+# under seed 0 the first two say one token for ever, and the last one amplifies rounding on both sides
+SEEDS = {"falcon_h1-norm-first": 2, "granitemoehybrid-dense": 2, "qwen3_next": 2}
 WIDE = ("embed_tokens.weight", "out_proj.weight", "o_proj.weight")
 
 
