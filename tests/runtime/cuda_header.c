@@ -44,12 +44,16 @@ SAME(offsetof(es_i_cu_config, n_attributes), offsetof(CUlaunchConfig, numAttrs))
 #define TEXT_OF(name) #name
 #define MAPPED(name) TEXT_OF(name)
 /* The names that the header maps its own to; newer versions than ours are other functions. */
-static const char *const mapped[] = {
-    MAPPED(cuDeviceTotalMem),  MAPPED(cuDevicePrimaryCtxRelease), MAPPED(cuCtxPushCurrent),  MAPPED(cuCtxPopCurrent),
-    MAPPED(cuMemAlloc),        MAPPED(cuMemFree),                 MAPPED(cuMemGetInfo),      MAPPED(cuMemAllocHost),
-    MAPPED(cuMemcpyHtoDAsync), MAPPED(cuMemcpyDtoHAsync),         MAPPED(cuMemcpyDtoDAsync), MAPPED(cuMemsetD8Async),
-    MAPPED(cuStreamCreate),    MAPPED(cuStreamDestroy),           MAPPED(cuEventDestroy),    MAPPED(cuStreamBeginCapture),
-    MAPPED(cuLaunchKernel),    MAPPED(cuModuleLoadDataEx),        MAPPED(cuGraphLaunch),     MAPPED(cuGraphInstantiate)};
+static const char *const mapped[] = {MAPPED(cuDeviceTotalMem),  MAPPED(cuDevicePrimaryCtxRelease),
+                                     MAPPED(cuCtxPushCurrent),  MAPPED(cuCtxPopCurrent),
+                                     MAPPED(cuMemAlloc),        MAPPED(cuMemFree),
+                                     MAPPED(cuMemGetInfo),      MAPPED(cuMemAllocHost),
+                                     MAPPED(cuMemcpyHtoDAsync), MAPPED(cuMemcpyDtoHAsync),
+                                     MAPPED(cuMemcpyDtoDAsync), MAPPED(cuMemsetD8Async),
+                                     MAPPED(cuStreamCreate),    MAPPED(cuStreamDestroy),
+                                     MAPPED(cuEventDestroy),    MAPPED(cuStreamBeginCapture),
+                                     MAPPED(cuLaunchKernel),    MAPPED(cuModuleLoadDataEx),
+                                     MAPPED(cuGraphLaunch),     MAPPED(cuGraphInstantiate)};
 
 #define SYMBOL(field, symbol, parameters) symbol,
 int main(void)

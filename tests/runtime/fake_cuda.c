@@ -63,8 +63,8 @@ static char loaded[64];
 static struct {
     const char *name;
     long long value;
-} properties[] = {{"version", 12040}, {"devices", 1}, {"major", 9}, {"minor", 0}, {"memory", 1ll << 40},
-                  {"fault", 0},       {"threads", 1024}, {"jit", 1}, {"init", 0}, {"early", 1}};
+} properties[] = {{"version", 12040}, {"devices", 1},    {"major", 9}, {"minor", 0}, {"memory", 1ll << 40},
+                  {"fault", 0},       {"threads", 1024}, {"jit", 1},   {"init", 0},  {"early", 1}};
 enum { VERSION, DEVICES, MAJOR, MINOR, MEMORY_LEFT, FAULT, THREADS, JIT, INIT, EARLY };
 
 static struct {
@@ -570,8 +570,10 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream)
 
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream)
 {
-    BEGIN NEEDS_CONTEXT op o = {
-        .kind = COPY, .to = (uint8_t *)(uintptr_t)to, .from = (const uint8_t *)(uintptr_t)from, .bytes = bytes};
+    BEGIN NEEDS_CONTEXT op o = {.kind = COPY,
+                                .to = (uint8_t *)(uintptr_t)to,
+                                .from = (const uint8_t *)(uintptr_t)from,
+                                .bytes = bytes};
     if (bytes == 0 || holder(MEMORY, o.from, bytes) == NULL || holder(MEMORY, o.to, bytes) == NULL) {
         result = 1;
         break;
@@ -643,15 +645,16 @@ int cuStreamEndCapture(void *stream, void **graph)
     *graph = s->capture;
     s->capture = NULL;
     broken = s->broken ? 901 : 0;
-    END_WITH(if (result != 0 && as(stream, STREAM)->capture != NULL) {
-        *graph = as(stream, STREAM)->capture;
-        as(stream, STREAM)->capture = NULL;
-        broken = result;
-    } if (broken) {
-        destroy(*graph);
-        *graph = NULL;
-        result = broken;
-    })
+    END_WITH(
+        if (result != 0 && as(stream, STREAM)->capture != NULL) {
+            *graph = as(stream, STREAM)->capture;
+            as(stream, STREAM)->capture = NULL;
+            broken = result;
+        } if (broken) {
+            destroy(*graph);
+            *graph = NULL;
+            result = broken;
+        })
 }
 
 int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags)
@@ -777,8 +780,8 @@ static int launch(void *function, const unsigned int grid[3], const unsigned int
 
 int cuLaunchKernelEx(const config *c, void *function, void **params, void **extra)
 {
-    BEGIN NEEDS_CONTEXT if (c->n != 1 || *(int *)c->attributes != 6 || ((int *)c->attributes)[2] != 1) misuse(
-        "an attribute that is not known");
+    BEGIN NEEDS_CONTEXT if (c->n != 1 || *(int *)c->attributes != 6 || ((int *)c->attributes)[2] != 1)
+        misuse("an attribute that is not known");
     object *s = as(c->stream, STREAM);
     if (s->capture != NULL && !properties[EARLY].value) {
         s->broken = 1;

@@ -71,13 +71,9 @@ static void es_nothing(void *const *args, int32_t begin, int32_t end)
 es_kernel_fn fake_kernel(const char *name);
 es_kernel_fn fake_kernel(const char *name)
 {
-    static const es_kernel_entry more[] = {{"choose", choose},
-                                           {"choose32", choose32},
-                                           {"narrow_gather", narrow_gather},
-                                           {"es_read", es_read},
-                                           {"es_advance", es_advance},
-                                           {"es_spin", es_nothing},
-                                           {"es_nothing", es_nothing}};
+    static const es_kernel_entry more[] = {
+        {"choose", choose},         {"choose32", choose32},  {"narrow_gather", narrow_gather}, {"es_read", es_read},
+        {"es_advance", es_advance}, {"es_spin", es_nothing}, {"es_nothing", es_nothing}};
     for (size_t i = 0; i < sizeof more / sizeof *more; i++)
         if (strcmp(more[i].name, name) == 0)
             return more[i].fn;

@@ -170,9 +170,9 @@ static es_status es_i_cu_describe(const es_i_device *handle, char *text, size_t 
         return ES_E_ROOM;
     if (device->api.device_memory(&bytes, device->id) != ES_CU_OK)
         bytes = 0;
-    int n = snprintf(text, capacity, "CUDA, %s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
-                     device->minor, (double)bytes / (double)(1u << 30), device->driver / 1000,
-                     device->driver % 1000 / 10);
+    int n =
+        snprintf(text, capacity, "CUDA, %s, sm_%d%d, %.1f GiB, driver for CUDA %d.%d", device->name, device->major,
+                 device->minor, (double)bytes / (double)(1u << 30), device->driver / 1000, device->driver % 1000 / 10);
     if (n < 0 || (size_t)n >= capacity || __atomic_exchange_n(&device->noting, 1, __ATOMIC_ACQUIRE))
         return ES_OK;
     if (device->failed[0] != '\0')

@@ -61,8 +61,8 @@ es_status es_i_cu_alloc(es_i_cu_device *device, uint64_t bytes, const char *what
 {
     size_t available = 0, total = 0;
     *address = 0;
-    es_i_cu_result result = bytes > SIZE_MAX ? ES_CU_NO_MEMORY
-                                             : device->api.memory_alloc(address, bytes > 0 ? (size_t)bytes : 1);
+    es_i_cu_result result =
+        bytes > SIZE_MAX ? ES_CU_NO_MEMORY : device->api.memory_alloc(address, bytes > 0 ? (size_t)bytes : 1);
     if (result == ES_CU_OK)
         return ES_OK;
     *address = 0;
@@ -70,8 +70,7 @@ es_status es_i_cu_alloc(es_i_cu_device *device, uint64_t bytes, const char *what
         return es_i_cu_check(device, result, what, why);
     (void)device->api.memory_info(&available, &total);
     return es_i_fail(why, ES_E_DEVICE_MEMORY, "%s need %llu bytes on %s, where %llu of %llu are free", what,
-                     (unsigned long long)bytes, device->name, (unsigned long long)available,
-                     (unsigned long long)total);
+                     (unsigned long long)bytes, device->name, (unsigned long long)available, (unsigned long long)total);
 }
 
 /* The version comes first: it explains why a symbol is missing. */

@@ -101,8 +101,8 @@ static es_status es_i_cu_greedy_run(es_i_cu_stream *stream, int64_t first, uint6
     tokens[0] = (int32_t)first;
     for (size_t done = 0; done < n;) {
         uint32_t now = n - done < ES_CU_BATCH ? (uint32_t)(n - done) : ES_CU_BATCH;
-        status = es_i_cu_greedy_batch(stream, position + done, now, done + now == n, ns != NULL ? ns + done : NULL,
-                                      why);
+        status =
+            es_i_cu_greedy_batch(stream, position + done, now, done + now == n, ns != NULL ? ns + done : NULL, why);
         if (status != ES_OK) /* some steps are taken */
             return es_i_cu_broken(stream, status);
         for (uint32_t i = 0; i < now && done + i + 1 < n; i++)

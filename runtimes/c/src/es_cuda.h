@@ -107,7 +107,7 @@ typedef struct {
     int id, driver, major, minor, processors, l2_bytes, poison;
     int early; /* the loaded kernels wait themselves for the launch before theirs, and graphs can hold such launches */
     uint32_t retained, lost; /* lost is read and set by several threads */
-    void *context;           /* the device's primary one: shared with the app, never reset */
+    void *context; /* the device's primary one: shared with the app, never reset */
     void *module, *helpers;
     void **functions; /* per KERNELS record */
     void *advance, *read, *spin, *nothing; /* cuda_helpers.c; NULL where the driver cannot compile PTX */
@@ -119,7 +119,7 @@ typedef struct {
     int noting;
 } es_i_cu_device;
 
-enum { ES_CU_SLOTS = 4 };   /* pinned copies of the io block; number 0 is for runs that wait */
+enum { ES_CU_SLOTS = 4 }; /* pinned copies of the io block; number 0 is for runs that wait */
 enum { ES_CU_BATCH = 256 }; /* greedy steps, or profiled launches, between two waits */
 
 /* Where the greedy step keeps what is not in the plan: a counter, then the tokens it chose. */
@@ -127,7 +127,7 @@ enum { ES_CU_CHOSEN_AT = 64, ES_CU_CONTROL_BYTES = ES_CU_CHOSEN_AT + 8 * ES_CU_B
 
 typedef struct {
     void *exec; /* NULL: not captured yet, or `plain` */
-    int plain;  /* the driver could not capture it */
+    int plain; /* the driver could not capture it */
 } es_i_cu_captured;
 
 typedef struct {
@@ -135,7 +135,7 @@ typedef struct {
     void *queue;
     es_i_cu_ptr state, io, arena, control;
     es_i_cu_ptr *args; /* per ARGS record */
-    void **params;     /* the address of each */
+    void **params; /* the address of each */
     es_i_cu_ptr advance_args[5];
     void *advance_params[5];
     uint8_t *pinned; /* ES_CU_SLOTS io blocks, then the chosen tokens, then ES_CU_BATCH positions */
@@ -171,8 +171,8 @@ ES_LOCAL void es_i_cu_stream_close(es_i_stream *handle);
 ES_LOCAL es_status es_i_cu_reset(es_i_stream *handle, es_error *why);
 ES_LOCAL es_status es_i_cu_read(es_i_stream *handle, uint32_t space, uint64_t offset, void *to, uint64_t bytes,
                                 es_error *why);
-ES_LOCAL es_status es_i_cu_write(es_i_stream *handle, uint32_t space, uint64_t offset, const void *from,
-                                 uint64_t bytes, es_error *why);
+ES_LOCAL es_status es_i_cu_write(es_i_stream *handle, uint32_t space, uint64_t offset, const void *from, uint64_t bytes,
+                                 es_error *why);
 ES_LOCAL es_status es_i_cu_copy(es_i_stream *to, es_i_stream *from, es_error *why);
 ES_LOCAL es_status es_i_cu_stream_enter(es_i_cu_stream *stream, es_error *why);
 /* A failure that left the stream halfway: it is lost. */
