@@ -51,10 +51,14 @@ class BigBirdConfig(SparseConfig):
         )
 
 
+class BigBird(SparseTransformer):
+    """Forms and state as in `SparseTransformer`."""
+
+
 FAMILY = Family(
     name="bigbird",
     config=BigBirdConfig,
-    model=SparseTransformer,
+    model=BigBird,
     checkpoint=None,
     zoo={"bigbird-base": BigBirdConfig(50358, 768, 12, 12, 12, 64, 2048)},
     tiny=BigBirdConfig(256, 128, 4, 4, 4, 32, 264, block=8),

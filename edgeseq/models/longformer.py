@@ -94,10 +94,14 @@ class LongformerConfig(SparseConfig):
         return Pattern(self.n_global, self.windows[layer % len(self.windows)])
 
 
+class Longformer(SparseTransformer):
+    """Forms and state as in `SparseTransformer`."""
+
+
 FAMILY = Family(
     name="longformer",
     config=LongformerConfig,
-    model=SparseTransformer,
+    model=Longformer,
     checkpoint=None,
     zoo={"longformer-base": LongformerConfig(50265, 768, 12, 12, 12, 64, 2048, n_global=16, windows=(512,))},
     tiny=LongformerConfig(256, 128, 4, 4, 4, 32, 264, n_global=8, windows=(16, 32, 48, 64)),

@@ -4,6 +4,7 @@ reservoir. Rows that hold no token are NaN; every position at which a tile, a pa
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,8 +51,16 @@ def merge_of(p: CachedAttention) -> AttentionMerge:
 
 @pytest.fixture(scope="module", params=ON)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
-    every = [*CHUNKS, *RING_CHUNKS, *PARTS, *map(merge_of, PARTS), *DRAWN]
-    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(dict.fromkeys(every)))
+    """What the chosen tests call, no more: a kernel takes seconds to compile."""
+    chosen = [i.callspec.params for i in request.session.items if i.module is request.module and hasattr(i, "callspec")]
+    found = [PARTS[0], *(params["p"] for params in chosen if "p" in params)]
+    merges = [merge_of(p) for p in found if p in PARTS]
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(dict.fromkeys([*found, *merges])))
+
+
+def some_slow(cases: list[Any], quick: tuple[int, ...]) -> list[Any]:
+    """All but the `quick` ones marked slow."""
+    return [p if i in quick else pytest.param(p, marks=pytest.mark.slow) for i, p in enumerate(cases)]
 
 
 def positions(p: AttentionChunk | CachedAttention, seed: int) -> list[int]:
@@ -100,7 +109,7 @@ class Case:
 named = {"ids": lambda p: f"T{p.T}-H{p.H}-Hk{p.Hk}-d{p.d}-N{p.N}-prefix{p.prefix}"}
 
 
-@pytest.mark.parametrize("p", [*CHUNKS, *RING_CHUNKS], **named)
+@pytest.mark.parametrize("p", some_slow([*CHUNKS, *RING_CHUNKS], (2, 7)), **named)
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_a_chunk_at_every_edge(library: AnyLibrary, p: AttentionChunk, size: float) -> None:
     for position in positions(p, 0):
@@ -108,7 +117,7 @@ def test_a_chunk_at_every_edge(library: AnyLibrary, p: AttentionChunk, size: flo
         close(case.run(library, p), case.want)
 
 
-@pytest.mark.parametrize("p", PARTS, **named)
+@pytest.mark.parametrize("p", some_slow(PARTS, (0,)), **named)
 def test_parts_and_their_merge_at_every_edge(library: AnyLibrary, p: CachedAttention) -> None:
     for position in positions(p, 1):
         case = Case(p, position)
@@ -118,7 +127,7 @@ def test_parts_and_their_merge_at_every_edge(library: AnyLibrary, p: CachedAtten
         close(o, case.want)
 
 
-@pytest.mark.parametrize("p", DRAWN, **named)
+@pytest.mark.parametrize("p", some_slow(DRAWN, (0,)), **named)
 def test_a_prefix_and_a_reservoir_at_every_edge(library: AnyLibrary, p: CachedAttention) -> None:
     for position in [*positions(p, 2), *range(p.N, p.N + 12)]:
         case = Case(p, position)

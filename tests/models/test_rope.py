@@ -125,7 +125,10 @@ def checkpoint(name: str, folder: Path) -> torch.nn.Module:
     return save(reference, folder)
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("llama-yarn", "qwen2", "qwen3-biased", "phi3-long")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_64_greedy_tokens_and_their_logits(name: str, tmp_path: Path) -> None:
     reference = checkpoint(name, tmp_path)
     count = sum(p.numel() for p in reference.parameters())

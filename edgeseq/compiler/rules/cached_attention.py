@@ -77,7 +77,8 @@ def attend(low: Lowering, names: tuple[str, ...], heads: int, scale: float, ring
     read += [Arg(low.state(past_k, present_k), "rw"), Arg(low.state(past_v, present_v), "rw")]
     read += [Arg(low.rows(position), "r")]
     row = 2 * kv_heads * d * 4
-    traffic = {"state": min(tokens, rows) * row, "kv": row} | ({"kv_rows": rows} if ring else {})
+    moved = 2 if drawn.get("blocks") else 1  # what a token replaces may be kept elsewhere
+    traffic = {"state": min(tokens, rows) * row * moved, "kv": row} | ({"kv_rows": rows} if ring else {})
     out = Arg(low.result(result), "w")
     if tokens > 1 and not drawn.get("blocks") and low.target.gpu is None:
         params = AttentionChunk(*sizes, prefix=drawn.get("prefix", 0), tile=low.target.gemm_tile)
