@@ -120,13 +120,13 @@ typedef int32_t es_status;
 #define ES_E_SESSIONS ES_STATUS(ES_CLASS_BUSY, 1)
 
 #define ES_E_DEVICE_DRIVER ES_STATUS(ES_CLASS_DEVICE, 1) /* the driver's library is not there or cannot be opened */
-#define ES_E_DEVICE_OLD ES_STATUS(ES_CLASS_DEVICE, 2)    /* the driver is too old: a function or a version is missing */
-#define ES_E_DEVICE_NONE ES_STATUS(ES_CLASS_DEVICE, 3)   /* the driver offers no device, or not the one asked for */
+#define ES_E_DEVICE_OLD ES_STATUS(ES_CLASS_DEVICE, 2) /* the driver is too old: a function or a version is missing */
+#define ES_E_DEVICE_NONE ES_STATUS(ES_CLASS_DEVICE, 3) /* the driver offers no device, or not the one asked for */
 #define ES_E_DEVICE_MEMORY ES_STATUS(ES_CLASS_DEVICE, 4) /* not enough memory on the device */
-#define ES_E_DEVICE_BUILD ES_STATUS(ES_CLASS_DEVICE, 5)  /* the driver cannot build or load the kernels */
-#define ES_E_DEVICE_ARCH ES_STATUS(ES_CLASS_DEVICE, 6)   /* the bundle was compiled for another kind of device */
+#define ES_E_DEVICE_BUILD ES_STATUS(ES_CLASS_DEVICE, 5) /* the driver cannot build or load the kernels */
+#define ES_E_DEVICE_ARCH ES_STATUS(ES_CLASS_DEVICE, 6) /* the bundle was compiled for another kind of device */
 #define ES_E_DEVICE_LAUNCH ES_STATUS(ES_CLASS_DEVICE, 7) /* the driver refuses a launch or a copy */
-#define ES_E_DEVICE_LOST ES_STATUS(ES_CLASS_DEVICE, 8)   /* the device is gone or hung: every later call says so too */
+#define ES_E_DEVICE_LOST ES_STATUS(ES_CLASS_DEVICE, 8) /* the device is gone or hung: every later call says so too */
 
 /* A fixed sentence for a status, never NULL. */
 ES_API const char *es_status_text(es_status status);
@@ -173,10 +173,10 @@ typedef struct es_model es_model;
 typedef struct es_options {
     uint32_t struct_size;
     uint32_t flags;
-    int32_t n_threads;              /* the caller counts as one; 0 = as many as the cores this process may use */
-    uint32_t spin;                  /* polls of an idle thread before it sleeps; 0 = sleep at once */
-    const int32_t *cores;           /* thread i of the pool runs on cores[i % n_cores]; see es_pin_caller */
-    uint32_t n_cores;               /* 0 = not pinned */
+    int32_t n_threads; /* the caller counts as one; 0 = as many as the cores this process may use */
+    uint32_t spin; /* polls of an idle thread before it sleeps; 0 = sleep at once */
+    const int32_t *cores; /* thread i of the pool runs on cores[i % n_cores]; see es_pin_caller */
+    uint32_t n_cores; /* 0 = not pinned */
     const es_kernel_table *kernels; /* NULL = es_linked_kernels */
 } es_options;
 #define ES_SPIN_DEFAULT 20000u
@@ -197,13 +197,13 @@ ES_API es_status es_pin_caller(const es_model *model);
 
 typedef struct es_model_info {
     uint32_t struct_size;
-    uint32_t vocab;    /* logits per token; 0 when the model has none */
-    uint32_t context;  /* longest sequence; 0 = unbounded */
+    uint32_t vocab; /* logits per token; 0 when the model has none */
+    uint32_t context; /* longest sequence; 0 = unbounded */
     uint32_t n_graphs; /* graph 0 is the step */
     uint32_t n_slots;
     uint32_t n_io;
     uint32_t n_threads;
-    uint32_t tokenizer;    /* 0 none, 1 bytes */
+    uint32_t tokenizer; /* 0 none, 1 bytes */
     uint32_t takes_tokens; /* 1: es_prefill and es_step; 0: es_input, es_run, es_output */
     uint32_t abi_version;
     uint8_t model_id[16];
@@ -224,9 +224,9 @@ ES_API es_status es_model_get_info(const es_model *model, es_model_info *info);
 typedef struct es_device_info {
     uint32_t struct_size;
     uint32_t backend;
-    uint64_t weight_bytes;  /* that the device reads; on a GPU once per model, in its memory or shared with the host's */
+    uint64_t weight_bytes; /* that the device reads; on a GPU once per model, in its memory or shared with the host's */
     uint64_t session_bytes; /* device memory of one session; 0 on the CPU, where es_session_need counts all */
-    char text[256];         /* vendor, device and driver in a line */
+    char text[256]; /* vendor, device and driver in a line */
 } es_device_info;
 #define ES_DEVICE_INFO_INIT {(uint32_t)sizeof(es_device_info), 0, 0, 0, {0}}
 ES_API es_status es_model_device(const es_model *model, es_device_info *info);
@@ -267,11 +267,11 @@ typedef struct es_tensor_info {
     uint32_t struct_size;
     uint32_t dtype;
     uint32_t rank;
-    uint32_t role;      /* inputs and outputs */
-    uint32_t graph;     /* inputs and outputs */
+    uint32_t role; /* inputs and outputs */
+    uint32_t graph; /* inputs and outputs */
     uint32_t is_output; /* inputs and outputs */
-    uint32_t update;    /* slots */
-    int32_t axis;       /* slots: the time axis, -1 = none */
+    uint32_t update; /* slots */
+    int32_t axis; /* slots: the time axis, -1 = none */
     uint64_t dims[4];
     uint64_t bytes;
     const char *name; /* valid as long as the model */
@@ -338,12 +338,12 @@ ES_API es_status es_decode(const es_model *model, const int32_t *tokens, size_t 
  * generator is here and nowhere else: the same seed gives the same tokens. */
 typedef struct es_sampler {
     uint32_t struct_size;
-    int32_t top_k;            /* 0 = all */
-    float temperature;        /* 0 = greedy */
-    float top_p;              /* 1 = all; the fewest most likely tokens whose share reaches it */
-    float min_p;              /* 0 = all; share of the most likely token's probability */
+    int32_t top_k; /* 0 = all */
+    float temperature; /* 0 = greedy */
+    float top_p; /* 1 = all; the fewest most likely tokens whose share reaches it */
+    float min_p; /* 0 = all; share of the most likely token's probability */
     float repetition_penalty; /* 1 = none; divides positive, multiplies negative logits of recent tokens */
-    uint64_t seed;            /* advanced by every draw */
+    uint64_t seed; /* advanced by every draw */
 } es_sampler;
 #define ES_SAMPLER_INIT {(uint32_t)sizeof(es_sampler), 0, 0.0f, 1.0f, 0.0f, 1.0f, 0}
 

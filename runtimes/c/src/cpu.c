@@ -139,7 +139,8 @@ es_status es_i_table_check(const es_i_plan *plan, const es_i_crc *crc, const es_
                          table->plan_id, id);
     uint32_t n = plan->n_kernels > 0 && plan->kernels[0].backend != ES_BACKEND_CPU ? 0 : plan->n_kernels;
     if (table->n_kernels != n)
-        return es_i_fail(why, ES_E_KERNEL_TABLE, "the library has %u kernels, the bundle needs %u", table->n_kernels, n);
+        return es_i_fail(why, ES_E_KERNEL_TABLE, "the library has %u kernels, the bundle needs %u", table->n_kernels,
+                         n);
     for (uint32_t i = 0; i < n; i++) {
         const char *name = plan->strings + plan->kernels[i].name;
         if (table->kernels[i].fn == NULL || strcmp(table->kernels[i].name, name) != 0)

@@ -61,12 +61,10 @@ enum { ES_CL_PROFILING_START = 0x1282, ES_CL_PROFILING_END = 0x1283 };
     X(int32_t, ReleaseCommandQueue, (es_i_cl_queue))                                                                   \
     X(es_i_cl_mem, CreateBuffer, (es_i_cl_context, uint64_t, size_t, void *, int32_t *))                               \
     X(int32_t, ReleaseMemObject, (es_i_cl_mem))                                                                        \
-    X(es_i_cl_program, CreateProgramWithSource,                                                                        \
-      (es_i_cl_context, uint32_t, const char **, const size_t *, int32_t *))                                           \
+    X(es_i_cl_program, CreateProgramWithSource, (es_i_cl_context, uint32_t, const char **, const size_t *, int32_t *)) \
     X(es_i_cl_program, CreateProgramWithBinary,                                                                        \
       (es_i_cl_context, uint32_t, const es_i_cl_id *, const size_t *, const unsigned char **, int32_t *, int32_t *))   \
-    X(int32_t, BuildProgram,                                                                                           \
-      (es_i_cl_program, uint32_t, const es_i_cl_id *, const char *, es_i_cl_built, void *))                            \
+    X(int32_t, BuildProgram, (es_i_cl_program, uint32_t, const es_i_cl_id *, const char *, es_i_cl_built, void *))     \
     X(int32_t, ReleaseProgram, (es_i_cl_program))                                                                      \
     X(int32_t, GetProgramInfo, (es_i_cl_program, uint32_t, size_t, void *, size_t *))                                  \
     X(int32_t, GetProgramBuildInfo, (es_i_cl_program, es_i_cl_id, uint32_t, size_t, void *, size_t *))                 \

@@ -57,20 +57,9 @@ static es_status es_i_cl_line(const es_i_device *opaque, char *text, size_t capa
 }
 
 const es_i_backend es_i_opencl = {
-    "OpenCL",
-    ES_BACKEND_OPENCL,
-    es_i_cl_open,
-    es_i_cl_close,
-    es_i_cl_line,
-    es_i_cl_stream_open,
-    es_i_cl_stream_close,
-    es_i_cl_reset,
-    es_i_cl_run,
-    es_i_cl_greedy,
-    es_i_cl_read,
-    es_i_cl_write,
-    es_i_cl_copy,
-    es_i_cl_measure_read,
-    es_i_cl_measure_launch,
+    "OpenCL",     ES_BACKEND_OPENCL,    es_i_cl_open,           es_i_cl_close,
+    es_i_cl_line, es_i_cl_stream_open,  es_i_cl_stream_close,   es_i_cl_reset,
+    es_i_cl_run,  es_i_cl_greedy,       es_i_cl_read,           es_i_cl_write,
+    es_i_cl_copy, es_i_cl_measure_read, es_i_cl_measure_launch,
 };
 #endif

@@ -98,8 +98,8 @@ es_i_cl_program es_i_cl_cache_read(const es_i_cl_device *device, const char *pat
     if (binary != NULL) {
         int32_t status = 0, code = 0;
         const unsigned char *start = binary;
-        program = device->cl.CreateProgramWithBinary(device->context, 1, &device->id, &binary_bytes, &start, &status,
-                                                     &code);
+        program =
+            device->cl.CreateProgramWithBinary(device->context, 1, &device->id, &binary_bytes, &start, &status, &code);
         if (program != NULL && (status != 0 || device->cl.BuildProgram(program, 1, &device->id, "", NULL, NULL) != 0)) {
             device->cl.ReleaseProgram(program);
             program = NULL;

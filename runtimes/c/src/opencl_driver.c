@@ -134,8 +134,7 @@ static es_status es_i_cl_describe(es_i_cl_device *device, es_error *why)
     device->max_alloc = es_i_cl_number(cl, device->id, ES_CL_DEVICE_MAX_MEM_ALLOC_SIZE, sizeof(uint64_t));
     device->cache = es_i_cl_number(cl, device->id, ES_CL_DEVICE_GLOBAL_MEM_CACHE_SIZE, sizeof(uint64_t));
     device->units = (uint32_t)es_i_cl_number(cl, device->id, ES_CL_DEVICE_MAX_COMPUTE_UNITS, sizeof(uint32_t));
-    device->shared_memory =
-        es_i_cl_number(cl, device->id, ES_CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof(uint32_t)) != 0;
+    device->shared_memory = es_i_cl_number(cl, device->id, ES_CL_DEVICE_HOST_UNIFIED_MEMORY, sizeof(uint32_t)) != 0;
     /* "OpenCL 3.0 ..." */
     const char *v = device->version;
     if (strncmp(v, "OpenCL ", 7) == 0) {

@@ -106,8 +106,8 @@ es_status es_i_cl_program_open(es_i_cl_device *device, const char *path, es_erro
         device->program = NULL;
     }
     const char *code = (const char *)plan->data + plan->section[ES_CODE]->offset;
-    es_status status = es_i_cl_build(device, code + plan->kernels[0].code_offset,
-                                     (size_t)plan->kernels[0].code_bytes, &device->program, why);
+    es_status status = es_i_cl_build(device, code + plan->kernels[0].code_offset, (size_t)plan->kernels[0].code_bytes,
+                                     &device->program, why);
     if (status == ES_OK)
         status = es_i_cl_kernels_check(device, device->program, why);
     if (status == ES_OK)

@@ -46,8 +46,8 @@ static int32_t es_i_cl_upload(es_i_cl_stream *s, es_i_cl_queue queue, uint32_t g
             from = slot;
             slot += span->bytes;
         }
-        code = device->cl.EnqueueWriteBuffer(queue, s->space[ES_SPACE_IO], 0, (size_t)span->offset,
-                                             (size_t)span->bytes, from, 0, NULL, i + 1 == end ? event : NULL);
+        code = device->cl.EnqueueWriteBuffer(queue, s->space[ES_SPACE_IO], 0, (size_t)span->offset, (size_t)span->bytes,
+                                             from, 0, NULL, i + 1 == end ? event : NULL);
     }
     return code;
 }
@@ -57,9 +57,9 @@ static int32_t es_i_cl_download(es_i_cl_stream *s, es_i_cl_queue queue, uint32_t
     const es_i_cl_device *device = s->device;
     int32_t code = 0;
     for (uint32_t i = device->first_span[2 * g + 1]; i < device->first_span[2 * g + 2] && code == 0; i++)
-        code = device->cl.EnqueueReadBuffer(queue, s->space[ES_SPACE_IO], 0, (size_t)device->spans[i].offset,
-                                            (size_t)device->spans[i].bytes, io + device->spans[i].offset, 0, NULL,
-                                            NULL);
+        code =
+            device->cl.EnqueueReadBuffer(queue, s->space[ES_SPACE_IO], 0, (size_t)device->spans[i].offset,
+                                         (size_t)device->spans[i].bytes, io + device->spans[i].offset, 0, NULL, NULL);
     return code;
 }
 

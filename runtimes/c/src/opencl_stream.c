@@ -45,8 +45,8 @@ static es_status es_i_cl_kernels_open(es_i_cl_stream *s, es_error *why)
     for (uint32_t i = 0; i < plan->n_launches; i++) {
         const es_i_launch *launch = &plan->launches[i];
         int32_t code = 0;
-        s->kernels[i] = s->device->cl.CreateKernel(s->device->program,
-                                                   plan->strings + plan->kernels[launch->kernel].name, &code);
+        s->kernels[i] =
+            s->device->cl.CreateKernel(s->device->program, plan->strings + plan->kernels[launch->kernel].name, &code);
         if (s->kernels[i] != NULL)
             code = es_i_cl_args_set(s, launch, s->kernels[i]);
         if (code != 0)
@@ -174,8 +174,8 @@ es_status es_i_cl_read(es_i_stream *stream, uint32_t space, uint64_t offset, voi
     es_i_cl_stream *s = (es_i_cl_stream *)(void *)stream;
     if (s->lost)
         return es_i_cl_fail(why, ES_CL_DEVICE_NOT_AVAILABLE, 0, "this session");
-    int32_t code = s->device->cl.EnqueueReadBuffer(s->queue, s->space[space], 1, (size_t)offset, (size_t)bytes, to, 0,
-                                                   NULL, NULL);
+    int32_t code =
+        s->device->cl.EnqueueReadBuffer(s->queue, s->space[space], 1, (size_t)offset, (size_t)bytes, to, 0, NULL, NULL);
     return code == 0 ? ES_OK : es_i_cl_fail(why, code, 0, "reading from the device");
 }
 

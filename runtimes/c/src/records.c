@@ -198,8 +198,8 @@ static es_status es_i_kernels_check(const es_i_plan *plan, es_error *why)
         if (k->backend != first->backend)
             return es_i_fail(why, ES_E_KERNEL, "kernel '%s' is for backend %u, the first for %u: a plan has one", name,
                              k->backend, first->backend);
-        if (k->backend != ES_BACKEND_CPU && (k->code != k->backend || k->code_offset != first->code_offset ||
-                                             k->code_bytes != first->code_bytes))
+        if (k->backend != ES_BACKEND_CPU &&
+            (k->code != k->backend || k->code_offset != first->code_offset || k->code_bytes != first->code_bytes))
             return es_i_fail(why, ES_E_KERNEL, "kernel '%s' has code of its own or of the wrong kind", name);
     }
     return ES_OK;
