@@ -59,7 +59,7 @@ class KernelSet:
         if isinstance(ref, GenericRef):
             base = "fused_" + re.sub(r"\W+", "_", ref.label)[:48]
         else:
-            base = "_".join([ref.op, *_describe(ref.params)])
+            base = describe(ref.op, ref.params)
         name, count = base, 2
         while name in self.pointers:
             name, count = f"{base}_v{count}", count + 1
@@ -87,6 +87,12 @@ class KernelSet:
             "    kernels, features};",
         ]
         path.write_text("\n".join(lines) + "\n")
+
+
+def describe(op: str, params: Any) -> str:
+    """A C name that tells what the kernel is."""
+    own = getattr(params, "label", None)
+    return own if isinstance(own, str) else "_".join([op, *_describe(params)])
 
 
 def _describe(params: object) -> list[str]:

@@ -118,7 +118,7 @@ def _compile(
         calls = lowering.run()
         if chosen.gpu:
             pick_next(lowering)
-            merge(calls)
+            merge(calls, chosen.gpu)
         mark_outputs_only(calls)
         lowered.append((graph_file, calls, plan_arena(calls)))
     kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)
@@ -144,7 +144,7 @@ def _build(
 ) -> None:
     report("code", 0, 2)
     kernels.write_table(work / "kernel_table.c", plan_id)
-    if target.gpu:  # the code is in the plan
+    if isinstance(kernels, GpuKernelSet):  # the code is in the plan
         if dump:
             kernels.dump(dump)
         link(target, None, work / "kernel_table.c", folder)

@@ -8,7 +8,7 @@ memory, and a thread keeps 4 x 4 sums in registers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..kernels.linear import Linear
@@ -44,6 +44,7 @@ class FusedLinear(Linear):
     norm:  x is divided by its root mean square first (see kernels/rms_norm), norm_weight: and multiplied by a weight.
     conv:  rows conv_at .. conv_at + conv_C - 1 of y pass through a causal convolution of `conv` taps with its state
            (see kernels/causal_conv) into yc; 0 is none.
+    glu:   y = silu(x W^T) (x WU^T), two products of one shape (see kernels/glu).
     """
 
     norm: bool = False
@@ -54,10 +55,11 @@ class FusedLinear(Linear):
     conv_C: int = 0
     conv_bias: bool = False
     conv_silu: bool = False
+    glu: bool = False
 
     @property
     def args(self) -> tuple[str, ...]:
-        switches = (("bias", self.bias), ("residual", self.residual), ("norm_w", self.norm_weight))
+        switches = (("wu", self.glu), ("bias", self.bias), ("residual", self.residual), ("norm_w", self.norm_weight))
         conv = ("conv_w", *(("conv_b",) if self.conv_bias else ()), "past", "yc") if self.conv else ()
         return ("x", "w", *(a for a, on in switches if on), *conv, "y")
 
@@ -70,11 +72,25 @@ GEMM_THREADS = 256
 
 
 def build(name: str, p: Linear, gpu: Any) -> Built:
+    params = parameters(p)
+    if p.T == 1:
+        groups = -(-p.M // ROWS)
+        threads = gemv_threads(gpu, groups, group_bytes(p))
+        with kernel(name, params, groups, threads, gpu, early=True) as k:
+            run_gemv(k, Gemv(k, p))
+        return Built(k.func, groups, threads)
+    grid = -(-p.M // TILE) * -(-p.T // TILE)
+    with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
+        gemm(k, p, _per_word(p))
+    return Built(k.func, grid, GEMM_THREADS)
+
+
+def parameters(p: Linear) -> list[tuple[str, str, int]]:
+    """Name, dtype and elements of every argument."""
     groups = -(-p.M // ROWS)
-    per_word = 1 if p.wdtype == "float32" else 2
     sizes = {
         "x": ("float32", (p.T - 1) * p.ldx + p.K),
-        "w": _weights(p, groups * p.K * ROWS // per_word),
+        "w": _weights(p, groups * p.K * ROWS // _per_word(p)),
         "bias": ("float32", p.M),
         "residual": ("float32", (p.T - 1) * p.ldr + p.M),
         "y": ("float32", p.T * p.M),
@@ -82,17 +98,17 @@ def build(name: str, p: Linear, gpu: Any) -> Built:
     if isinstance(p, FusedLinear):
         floats = {"norm_w": p.K, "conv_w": p.conv * p.conv_C, "conv_b": p.conv_C, "yc": p.conv_C}
         floats["past"] = max(1, p.conv - 1) * p.conv_C
-        sizes |= {a: ("float32", n) for a, n in floats.items()}
-    params = [(a, *sizes[a]) for a in p.args]
-    if p.T == 1:
-        threads = gemv_threads(gpu, groups, p.K * ROWS * 4 // per_word)
-        with kernel(name, params, groups, threads, gpu, early=True) as k:
-            _gemv(k, p, per_word)
-        return Built(k.func, groups, threads)
-    grid = -(-p.M // TILE) * -(-p.T // TILE)
-    with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
-        gemm(k, p, per_word)
-    return Built(k.func, grid, GEMM_THREADS)
+        sizes |= {a: ("float32", n) for a, n in floats.items()} | {"wu": sizes["w"]}
+    return [(a, *sizes[a]) for a in p.args]
+
+
+def group_bytes(p: Linear) -> int:
+    """Bytes of 16 rows of the weights."""
+    return p.K * ROWS * 4 // _per_word(p)
+
+
+def _per_word(p: Linear) -> int:
+    return 1 if p.wdtype == "float32" else 2
 
 
 def _weights(p: Linear, count: int) -> tuple[str, int]:
@@ -107,56 +123,87 @@ def gemv_threads(gpu: Any, groups: int, group_bytes: int) -> int:
     return max(32, min(most, wanted, power_of_two(group_bytes // 16)))
 
 
-def _gemv(k: Kernel, p: Linear, per_word: int) -> None:
-    fused = p if isinstance(p, FusedLinear) else FusedLinear(**asdict(p))
-    rows = 4 * per_word  # of a 16-byte word quartet
-    each = rows + (1 if fused.norm else 0)  # the sum of squares beside them
-    across = ROWS // rows
-    stride = k.threads // across  # k advanced by the block at a time
-    acc = local(each)
-    zero(acc, each)
-    first = k.thread // across
-    base = let(k.block * (p.K * across) + k.thread % across)
-    row = k.block * ROWS + k.thread
-    mine = k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)
-    conv = _Conv(k, fused, row, mine) if fused.conv else None
+def run_gemv(k: Kernel, gemv: Any) -> None:
+    """One product from its first word to its last store."""
+    acc = local(gemv.each)
+    zero(acc, gemv.each)
+    gemv.accumulate(acc)
+    gemv.finish(reduce_rows(k, acc, gemv.each, gemv.across, shared(k.threads * gemv.each)))
 
-    def ask(raw: Buffer, start: Expr, count: int) -> None:
-        for u in range(count):
-            words(k["w"], base + (start + u * stride + first) * across, raw, 4 * u)
 
-    def use(raw: Buffer, start: Expr, count: int) -> None:
-        for u in range(count):
-            at = start + u * stride + first
-            x = let(k["x"][at])
-            if fused.norm:
-                store(acc, rows, acc[rows] + x * x)
-            if fused.norm_weight:
-                x = let(x * k["norm_w"][at])
-            values = [v for w in range(4) for v in unpack(raw[4 * u + w], p.wdtype)]
-            for r, v in enumerate(values):
-                store(acc, r, acc[r] + v * x)
+class Gemv:
+    """16 rows of a product of one token: sums of each thread, then, when they have met, what becomes of the rows."""
 
-    stream(k, p.K, stride, UNROLL, first, ask, use)
-    total = reduce_rows(k, acc, each, across, shared(k.threads * each))
-    with when(mine):
-        y = let(total(k.thread // rows * each + k.thread % rows))
-        if fused.norm:
-            squares = total(rows)
-            y = let(y / T.sqrt(squares * f32(1.0 / p.K) + f32(fused.eps)))
-        epilogue(k, p, y, 0, row)
-        if conv:
-            conv.write(y)
+    def __init__(self, k: Kernel, p: Linear) -> None:
+        self.k, self.p = k, p if isinstance(p, FusedLinear) else FusedLinear(**fields_of(p))
+        self.rows = 4 * _per_word(p)  # of a 16-byte word quartet
+        self.sources = ("w", "wu") if self.p.glu else ("w",)
+        self.sums = self.rows * len(self.sources)
+        self.each = self.sums + (1 if self.p.norm else 0)  # the sum of squares beside them
+        self.across = ROWS // self.rows
+        self.row = k.block * ROWS + k.thread
+        self.mine = k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, self.row < p.M)
+        self.conv = _Conv(k, self.p, self.row) if self.p.conv else None
+
+    def accumulate(self, acc: Buffer) -> None:
+        k, p, sources, across = self.k, self.p, self.sources, self.across
+        stride = k.threads // across  # k advanced by the block at a time
+        first = k.thread // across
+        base = let(k.block * (p.K * across) + k.thread % across)
+        if self.conv:
+            self.conv.ask(self.mine)
+
+        def ask(raw: Buffer, start: Expr, count: int) -> None:
+            for u in range(count):
+                for i, name in enumerate(sources):
+                    at = base + (start + u * stride + first) * across
+                    words(k[name], at, raw, 4 * (u * len(sources) + i))
+
+        def use(raw: Buffer, start: Expr, count: int) -> None:
+            for u in range(count):
+                at = start + u * stride + first
+                x = let(k["x"][at])
+                if p.norm:
+                    store(acc, self.sums, acc[self.sums] + x * x)
+                if p.norm_weight:
+                    x = let(x * k["norm_w"][at])
+                held = range(4 * len(sources) * u, 4 * len(sources) * (u + 1))
+                values = [v for w in held for v in unpack(raw[w], p.wdtype)]
+                for r, v in enumerate(values):
+                    store(acc, r, acc[r] + v * x)
+
+        stream(k, p.K, stride, UNROLL // len(sources), first, ask, use, 4 * UNROLL)
+
+    def finish(self, total: Callable[[Expr], Expr]) -> None:
+        k, p, rows, each = self.k, self.p, self.rows, self.each
+        with when(self.mine):
+            at = let(k.thread // rows * each + k.thread % rows)
+            scale = f32(1.0)
+            if p.norm:
+                scale = let(f32(1.0) / T.sqrt(total(self.sums) * f32(1.0 / p.K) + f32(p.eps)))
+            y = let(total(at) * scale)
+            if p.glu:
+                y = let(silu(y) * (total(at + rows) * scale))
+            epilogue(k, p, y, 0, self.row)
+            if self.conv:
+                self.conv.write(y)
+
+
+def fields_of(p: Any) -> dict[str, Any]:
+    """The parameters of a kernel by name."""
+    return {f.name: getattr(p, f.name) for f in fields(p)}
 
 
 class _Conv:
     """The convolution of the row that this thread writes; taps and state are asked for ahead of everything else."""
 
-    def __init__(self, k: Kernel, p: FusedLinear, row: Expr, mine: Expr) -> None:
-        self.k, self.p = k, p
-        self.channel = let(row - p.conv_at)
+    def __init__(self, k: Kernel, p: FusedLinear, row: Expr) -> None:
+        self.k, self.p, self.channel = k, p, row - p.conv_at
         self.inside = T.And(self.channel >= 0, self.channel < p.conv_C)
         self.taps, self.window = local(p.conv), local(max(1, p.conv - 1))
+
+    def ask(self, mine: Expr) -> None:
+        p, k = self.p, self.k
         with when(T.And(mine, self.inside)):
             for j in range(p.conv):
                 store(self.taps, j, k["conv_w"][j * p.conv_C + self.channel])
@@ -185,16 +232,20 @@ def stream(
     first: Expr,
     ask: Callable[[Buffer, Expr, int], None],
     use: Callable[[Buffer, Expr, int], None],
+    held: int = 0,
+    wait: bool = True,
 ) -> None:
     """Elements first, first + stride, ... below `count`: `unroll` at a time are asked for together, then used.
 
-    The first of them are asked for before the launch before this one is complete: they are weights.
+    The first of them are asked for before the launch before this one is complete: they are weights. held: words that
+    wait for their use, four for each element unless told. wait: nothing in this kernel has waited yet.
     """
     full, rest = divmod(count, stride)
-    raw = local(4 * unroll, "uint32")
+    raw = local(held or 4 * unroll, "uint32")
     begin = min(full, unroll)
     ask(raw, 0, begin)
-    await_inputs()
+    if wait:
+        await_inputs()
     use(raw, 0, begin)
     batches, single = divmod(full - begin, unroll)
     if batches:

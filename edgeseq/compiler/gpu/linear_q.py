@@ -7,9 +7,11 @@ block of 32 of each in shared memory at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from ..kernels._quantise import BLOCK, blocks
+from ..kernels._quantise import BLOCK, OUTPUTS, blocks, output_params
 from ..kernels.linear_q import PAIR_BYTES, LinearQ
 from ..tvm_api import T, tirx
 from . import Built
@@ -23,6 +25,7 @@ from ._emit import (
     local,
     reduce_rows,
     shared,
+    silu,
     store,
     strided,
     sync,
@@ -30,12 +33,56 @@ from ._emit import (
     words,
     zero,
 )
-from .linear import GEMM_THREADS, ROWS, TILE, epilogue, finish_tile, gemv_threads, stream
+from ._quantise import write_block
+from .linear import GEMM_THREADS, ROWS, TILE, epilogue, finish_tile, gemv_threads, run_gemv, stream
 
 UNROLL = 4
+INPUTS = ("xq", "xscale", "xoffset")  # where "q", "scale" and "offset" are what is written
+
+
+@dataclass(frozen=True)
+class FusedLinearQ(LinearQ):
+    """A product of one token with what stands behind it.
+
+    glu:   y = silu(x W^T) (x WU^T), two products of one shape; quant: written as int8 blocks for weights of this zero
+           point instead (see kernels/glu).
+    """
+
+    glu: bool = False
+    quant: int | None = None
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        own = super().args[:-1]
+        up = ("wu", "wus") if self.glu else ()
+        if self.quant is None:
+            return (*own, *up, "y")
+        return (*INPUTS, *own[len(INPUTS) :], *up, *OUTPUTS)
 
 
 def build(name: str, p: LinearQ, gpu: Any) -> Built:
+    groups, n = -(-p.M // ROWS), blocks(p.K)
+    params = parameters(p)
+    if p.T == 1:
+        threads = gemv_threads(gpu, groups, group_bytes(p))
+        quant = getattr(p, "quant", None)
+        grid = groups if quant is None else groups // 2  # a block of activations is 32 rows
+        with kernel(name, params, grid, threads, gpu, early=True) as k:
+            if quant is not None:
+                _quantised_rows(k, p, quant)
+            elif getattr(p, "glu", False):
+                _gated_rows(k, p)
+            else:
+                run_gemv(k, Gemv(k, p))
+        return Built(k.func, grid, threads)
+    grid = -(-p.M // TILE) * -(-p.T // TILE)
+    with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
+        _gemm(k, p, n, groups)
+    return Built(k.func, grid, GEMM_THREADS)
+
+
+def parameters(p: LinearQ) -> list[tuple[str, str, int]]:
+    """Name, dtype and elements of every argument."""
     groups, n = -(-p.M // ROWS), blocks(p.K)
     weight_words = groups * (n // 2) * PAIR_BYTES[p.bits] // 4
     sizes = {
@@ -48,16 +95,17 @@ def build(name: str, p: LinearQ, gpu: Any) -> Built:
         "residual": ("float32", (p.T - 1) * p.ldr + p.M),
         "y": ("float32", p.T * p.M),
     }
-    params = [(a, *sizes[a]) for a in p.args]
-    if p.T == 1:
-        threads = gemv_threads(gpu, groups, weight_words * 4 // groups)
-        with kernel(name, params, groups, threads, gpu, early=True) as k:
-            _gemv(k, p, n)
-        return Built(k.func, groups, threads)
-    grid = -(-p.M // TILE) * -(-p.T // TILE)
-    with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
-        _gemm(k, p, n, groups)
-    return Built(k.func, grid, GEMM_THREADS)
+    if isinstance(p, FusedLinearQ):
+        sizes |= {"wu": sizes["w"], "wus": sizes["ws"]}
+        if p.quant is not None:
+            sizes |= {name: sizes[o] for name, o in zip(INPUTS, OUTPUTS, strict=True)}
+            sizes |= {o: ("int8", p.M) if o == "q" else size for o, size in output_params(1, p.M).items()}
+    return [(a, *sizes[a]) for a in p.args]
+
+
+def group_bytes(p: LinearQ) -> int:
+    """Bytes of 16 rows of the weights."""
+    return blocks(p.K) // 2 * PAIR_BYTES[p.bits]
 
 
 def _low(word: Expr) -> Expr:
@@ -74,44 +122,89 @@ def dp4a(a: Expr, b: Expr, c: Expr) -> Expr:
     return T.call_pure_extern("int32", "es_dp4a", a, b, c)
 
 
-def _gemv(k: Kernel, p: LinearQ, n: int) -> None:
-    """A block of 32 has 4 (8) lines of 16 rows; thread t of its 16 (32) has rows 4(t%4).. of line t/4."""
-    pair, team = PAIR_BYTES[p.bits] // 16, 4 * p.bits  # words of 16 bytes of a pair and, one per thread, of a block
-    stride = k.threads // team
+def _gated_rows(k: Kernel, p: LinearQ) -> None:
+    """A block of threads has 16 rows of the gated product."""
+    gemv, gate, scratch = Gemv(k, p), local(1), shared(k.threads * 4)
+    total = _sums(k, p, k.block, "w", scratch, True)
+    with when(gemv.mine):
+        store(gate, 0, silu(let(total(k.thread))))
+    total = _sums(k, p, k.block, "wu", scratch, False)
+    with when(gemv.mine):
+        epilogue(k, p, let(gate[0] * total(k.thread)), 0, gemv.row)
+
+
+def _quantised_rows(k: Kernel, p: LinearQ, zero_point: int) -> None:
+    """A block of threads has 32 rows of the gated product, and writes them as one block of activations."""
+    scratch, y = shared(k.threads * 4), shared(BLOCK)
+    for part in range(2):
+        group = k.block * 2 + part
+        total = _sums(k, p, group, "w", scratch, part == 0)
+        gate = local(1)
+        with when(k.thread < ROWS):
+            store(gate, 0, silu(let(total(k.thread))))
+        total = _sums(k, p, group, "wu", scratch, False)
+        with when(k.thread < ROWS):
+            store(y, part * ROWS + k.thread, gate[0] * total(k.thread))
+    sync()
+    write_block(k, k.block, y[k.thread % BLOCK], zero_point, scratch, k.thread < BLOCK)
+
+
+def _sums(k: Kernel, p: LinearQ, group: Expr, name: str, scratch: Buffer, first_of_all: bool) -> Callable[[Expr], Expr]:
+    """The 16 sums of one group of rows of the weights `name`, met."""
     acc = local(4)
     zero(acc, 4)
-    line, quad = let(k.thread % team // 4), let(k.thread % 4)
-    first = let(k.thread // team)
-    base = let(k.block * (n // 2 * pair))
+    Gemv(k, p).accumulate(acc, group, name, first_of_all)
+    return reduce_rows(k, acc, 4, 4, scratch)
 
-    scales = local(2 * UNROLL, "uint32")
 
-    def ask(raw: Buffer, start: Expr, count: int) -> None:
-        for u in range(count):
-            b = start + u * stride + first
-            at = base + b // 2 * pair
-            words(k["w"], at + 4 + b % 2 * team + line * 4 + quad, raw, 4 * u)
-            words(k["ws"], at * 2 + b % 2 * 4 + quad, scales, 2 * u, 2)
+class Gemv:
+    """16 rows of a product of one token. A block of 32 has 4 (8) lines of 16 rows; thread t of its 16 (32) has rows
+    4(t%4).. of line t/4."""
 
-    def use(raw: Buffer, start: Expr, count: int) -> None:
-        for u in range(count):
-            b = start + u * stride + first
-            a = let(k["scale"][b])
-            x0 = let(k["q"][b * 8 + line])
-            x1 = let(k["q"][b * 8 + line + 4]) if p.bits == 4 else None
-            init = let(tirx.Select(line == 0, k["offset"][b], T.int32(0)))
-            for r in range(4):
-                w = T.reinterpret("int32", raw[4 * u + r])
-                total = dp4a(_high(w), x1, dp4a(_low(w), x0, init)) if p.bits == 4 else dp4a(w, x0, init)
-                bits = scales[2 * u + r // 2]
-                s = half(bits & T.uint32(0xFFFF) if r % 2 == 0 else bits >> T.uint32(16))
-                store(acc, r, acc[r] + T.Cast("float32", total) * (s * a))
+    each = across = 4
 
-    stream(k, n, stride, UNROLL, first, ask, use)
-    total = reduce_rows(k, acc, 4, 4, shared(k.threads * 4))
-    row = k.block * ROWS + k.thread
-    with when(k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, row < p.M)):
-        epilogue(k, p, let(total(k.thread)), 0, row)
+    def __init__(self, k: Kernel, p: LinearQ) -> None:
+        self.k, self.p = k, p
+        self.row = k.block * ROWS + k.thread
+        self.mine = k.thread < ROWS if p.M % ROWS == 0 else T.And(k.thread < ROWS, self.row < p.M)
+
+    def finish(self, total: Callable[[Expr], Expr]) -> None:
+        with when(self.mine):
+            epilogue(self.k, self.p, let(total(self.k.thread)), 0, self.row)
+
+    def accumulate(self, acc: Buffer, group: Expr = None, name: str = "w", wait: bool = True) -> None:
+        """wait: weights are asked for before the inputs are known to be there."""
+        k, p, n = self.k, self.p, blocks(self.p.K)
+        pair, team = PAIR_BYTES[p.bits] // 16, 4 * p.bits  # words of 16 bytes of a pair; one per thread of a block
+        stride = k.threads // team
+        line, quad = let(k.thread % team // 4), let(k.thread % 4)
+        first = let(k.thread // team)
+        base = let((k.block if group is None else group) * (n // 2 * pair))
+        scales = local(2 * UNROLL, "uint32")
+        q, scale, offset = (k[x] for x in (INPUTS if INPUTS[0] in k.buffers else OUTPUTS))
+
+        def ask(raw: Buffer, start: Expr, count: int) -> None:
+            for u in range(count):
+                b = start + u * stride + first
+                at = base + b // 2 * pair
+                words(k[name], at + 4 + b % 2 * team + line * 4 + quad, raw, 4 * u)
+                words(k[name + "s"], at * 2 + b % 2 * 4 + quad, scales, 2 * u, 2)
+
+        def use(raw: Buffer, start: Expr, count: int) -> None:
+            for u in range(count):
+                b = start + u * stride + first
+                a = let(scale[b])
+                x0 = let(q[b * 8 + line])
+                x1 = let(q[b * 8 + line + 4]) if p.bits == 4 else None
+                init = let(tirx.Select(line == 0, offset[b], T.int32(0)))
+                for r in range(4):
+                    w = T.reinterpret("int32", raw[4 * u + r])
+                    total = dp4a(_high(w), x1, dp4a(_low(w), x0, init)) if p.bits == 4 else dp4a(w, x0, init)
+                    bits = scales[2 * u + r // 2]
+                    s = half(bits & T.uint32(0xFFFF) if r % 2 == 0 else bits >> T.uint32(16))
+                    store(acc, r, acc[r] + T.Cast("float32", total) * (s * a))
+
+        stream(k, n, stride, UNROLL, first, ask, use, wait=wait)
 
 
 def _gemm(k: Kernel, p: LinearQ, n: int, groups: int) -> None:

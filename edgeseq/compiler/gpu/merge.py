@@ -5,20 +5,33 @@ At one token a launch costs a GPU about as long as reading a megabyte, and these
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from functools import cache
+from typing import Any
 
 from ..ir import Arg, Call, KernelRef, Value
+from ..kernels._quantise import OUTPUTS
 from ..kernels.causal_conv import CausalConv
+from ..kernels.glu import Glu
 from ..kernels.linear import Linear
+from ..kernels.linear_q import LinearQ
 from ..kernels.rms_norm import RmsNorm
 from ..kernels.selective_scan import SelectiveScan
+from .batch import Batch, build_part
+from .joined import MODULES, Joined
 from .linear import FusedLinear
+from .linear import fields_of as _fields
+from .linear_q import INPUTS, FusedLinearQ
 from .selective_scan import FusedScan
 
 MOST_RANK = 256
 
 
-def merge(calls: list[Call]) -> None:
+BATCHED = ("rotary", "causal_conv", "copy")  # beside products: kernels without barriers
+REACH = 40  # calls looked at for company
+MOST_PARTS = 8
+
+
+def merge(calls: list[Call], gpu: Any) -> None:
     """Merge what can be, in place."""
     for call in list(calls):
         if isinstance(call.kernel, KernelRef) and call in calls:
@@ -30,6 +43,10 @@ def merge(calls: list[Call]) -> None:
     for call in list(calls):
         if isinstance(call.kernel, KernelRef) and isinstance(call.kernel.params, CausalConv):
             _conv(calls, call, call.kernel.params)
+    for call in list(calls):
+        if isinstance(call.kernel, KernelRef) and isinstance(call.kernel.params, Glu):
+            _glu(calls, call, call.kernel.params)
+    _batches(calls, gpu)
 
 
 def _readers(calls: list[Call], value: Value) -> list[Call]:
@@ -68,7 +85,7 @@ def _norm(calls: list[Call], call: Call, p: RmsNorm) -> None:
         return
     for product in products:
         old = product.kernel.params
-        base = asdict(old)
+        base = _fields(old)
         fused = FusedLinear(**base | {"norm": True, "norm_weight": p.weight, "eps": p.eps})
         named = dict(zip(old.args, product.args, strict=True)) | {"x": x}
         if p.weight:
@@ -89,7 +106,7 @@ def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
         return
     if q.wdtype not in ("float32", "float16", "bfloat16"):
         return
-    fused = FusedScan(**asdict(p), dt_rank=q.K, dt_wdtype=q.wdtype)
+    fused = FusedScan(**_fields(p), dt_rank=q.K, dt_wdtype=q.wdtype)
     named = dict(zip(p.args, scan.args, strict=True))
     named |= {"dt_r": _argument(product, "x"), "dt_w": _argument(product, "w")}
     scan.kernel = KernelRef("selective_scan", fused)
@@ -117,7 +134,7 @@ def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
     if any(a.value.storage is state for c in between for a in c.args):
         return
     fused = FusedLinear(
-        **asdict(q) | {"conv": p.k, "conv_at": at, "conv_C": p.C, "conv_bias": p.bias, "conv_silu": p.silu}
+        **_fields(q) | {"conv": p.k, "conv_at": at, "conv_C": p.C, "conv_bias": p.bias, "conv_silu": p.silu}
     )
     mine = dict(zip(p.args, conv.args, strict=True))
     named = dict(zip(q.args, product.args, strict=True))
@@ -133,3 +150,128 @@ def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
 def _traffic(product: Call, conv: Call) -> dict[str, int]:
     """Bytes stated for either of two calls that became one."""
     return {k: product.traffic.get(k, 0) + conv.traffic.get(k, 0) for k in {*product.traffic, *conv.traffic}}
+
+
+def _glu(calls: list[Call], call: Call, p: Glu) -> None:
+    """Both products and their gate."""
+    g, u = _argument(call, "g").value, _argument(call, "u").value
+    makers = [_sole_writer(calls, v) for v in (g, u)]
+    if p.T != 1 or None in makers or makers[0] is makers[1] or not (_own(g) and _own(u)):
+        return
+    first, second = makers
+    assert first is not None and second is not None
+    a, b = _base(first.kernel.params), _base(second.kernel.params)
+    if a is None or a != b or a.bias or a.residual or a.act != "none" or a.M != p.M:
+        return
+    if any(_readers(calls, v) != [call] for v in (g, u)) or _inputs(first) != _inputs(second):
+        return
+    named = dict(zip(first.kernel.params.args, first.args, strict=True))
+    other = dict(zip(second.kernel.params.args, second.args, strict=True))
+    named |= {"wu": other["w"]} | ({"wus": other["ws"]} if isinstance(a, LinearQ) else {})
+    if isinstance(a, LinearQ):
+        named |= {new: named[old] for new, old in zip(INPUTS, OUTPUTS, strict=True)}
+    named |= dict(zip(p.args, call.args, strict=True))
+    if isinstance(a, LinearQ):
+        fused: Any = FusedLinearQ(**_fields(a) | {"glu": True, "quant": p.quant})
+    elif p.quant is None:
+        fused = FusedLinear(**_fields(a) | {"glu": True})
+    else:
+        return
+    call.kernel = KernelRef("linear_q" if isinstance(a, LinearQ) else "linear", fused)
+    call.args = tuple(named[n] for n in fused.args)
+    call.traffic = {k: first.traffic.get(k, 0) + second.traffic.get(k, 0) for k in first.traffic}
+    calls.remove(first)
+    calls.remove(second)
+
+
+def _sole_writer(calls: list[Call], value: Value) -> Call | None:
+    """The product that writes `value` from its first element on, and nothing else into its memory."""
+    writers = [c for c in calls if any(a.value.storage is value.storage and a.access != "r" for a in c.args)]
+    if len(writers) != 1 or not isinstance(writers[0].kernel, KernelRef):
+        return None
+    p = writers[0].kernel.params
+    if not isinstance(p, Linear | LinearQ) or p.T != 1 or p.args[-1] != "y":
+        return None
+    return writers[0] if writers[0].args[-1].value.offset == value.offset else None
+
+
+def _base(p: Any) -> Any:
+    """A product's parameters, where nothing but a norm has been merged into it."""
+    if isinstance(p, FusedLinear):
+        return p if not (p.conv or p.glu) else None
+    if isinstance(p, FusedLinearQ):
+        return p if not p.glu else None
+    return p if isinstance(p, Linear | LinearQ) else None
+
+
+def _inputs(call: Call) -> list[tuple[Any, int]]:
+    """What a product reads beside its weights and writes nowhere, as places in memory."""
+    named = zip(call.kernel.params.args, call.args, strict=True)
+    return [(a.value.storage, a.value.offset) for n, a in named if n not in ("w", "ws", "bias", "residual", "y")]
+
+
+def _batches(calls: list[Call], gpu: Any) -> None:
+    """Calls of one operator that do not depend on one another, nor on what lies between them, in one launch."""
+    i = 0
+    while i < len(calls):
+        group = [i] if _kind(calls[i], gpu) else []
+        for j in range(i + 1, min(i + REACH, len(calls))) if group else ():
+            if len(group) == MOST_PARTS:
+                break
+            if _kind(calls[i], gpu) == _kind(calls[j], gpu) and _may_move(calls, i, j):
+                group.append(j)
+        if len(group) > 1:
+            calls[i] = _together([calls[j] for j in group])
+            for j in reversed(group[1:]):
+                del calls[j]
+        i += 1
+
+
+def _kind(call: Call, gpu: Any) -> tuple[Any, ...]:
+    """Equal for calls that may share a launch; empty for those that share none."""
+    if not isinstance(call.kernel, KernelRef):
+        return ()
+    op, p = call.kernel.op, call.kernel.params
+    if op == "linear" and p.T == 1:
+        fused = isinstance(p, FusedLinear)
+        return (op, p.wdtype == "float32", fused and p.norm, fused and p.glu)
+    if op == "linear_q" and p.T == 1:
+        return () if isinstance(p, FusedLinearQ) else (op,)
+    barriers = isinstance(p, CausalConv) and (p.quant is not None or p.T > 1)
+    return (op, _threads(op, p, gpu)) if op in BATCHED and not barriers else ()
+
+
+@cache
+def _threads(op: str, params: Any, gpu: Any) -> int:
+    return build_part(op, params, gpu).threads
+
+
+def _may_move(calls: list[Call], i: int, j: int) -> bool:
+    """Whether call j could run together with call i."""
+    reads = {a.value.storage for a in calls[j].args if a.access != "w"}
+    writes = {a.value.storage for a in calls[j].args if a.access != "r"}
+    for call in calls[i:j]:
+        for a in call.args:
+            if a.access != "r" and a.value.storage in reads | writes:
+                return False
+            if a.access != "w" and a.value.storage in writes:
+                return False
+    return True
+
+
+def _together(parts: list[Call]) -> Call:
+    op = parts[0].kernel.op
+    if op in MODULES:
+        kernel = KernelRef("joined", Joined(op, tuple(c.kernel.params for c in parts)))
+    else:
+        kernel = KernelRef("batch", Batch(tuple((op, c.kernel.params) for c in parts)))
+    args = tuple(a for c in parts for a in c.args)
+    traffic = {"weights": sum(_weight_bytes(c) for c in parts)} if any("weights" in c.traffic for c in parts) else {}
+    return Call(kernel, args, all(c.outputs_only for c in parts), traffic)
+
+
+def _weight_bytes(call: Call) -> int:
+    """As the call states them, or those of its arguments."""
+    return call.traffic.get(
+        "weights", sum(a.value.storage.nbytes for a in call.args if a.value.storage.kind == "weight")
+    )

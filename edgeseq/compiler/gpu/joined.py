@@ -1,0 +1,82 @@
+"""Products of one token that do not depend on one another, in one launch: each has its own range of blocks.
+
+Only what lies before and behind the barriers is chosen by the block, as some OpenCL compilers (PoCL 3.1) mistake
+barriers in branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from ..tvm_api import T
+from . import Built, linear, linear_q
+from ._emit import Expr, Kernel, kernel, local, reduce_rows, shared, zero
+
+MODULES: dict[str, Any] = {"linear": linear, "linear_q": linear_q}
+
+
+@dataclass(frozen=True)
+class Joined:
+    """op: "linear" or "linear_q"; parts: parameters of each, all of as many registers (see Gemv.each).
+
+    Arguments of the parts follow one another, each named with its part's number behind it.
+    """
+
+    op: str
+    parts: tuple[Any, ...]
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        return tuple(f"{a}{i}" for i, p in enumerate(self.parts) for a in p.args)
+
+    @property
+    def label(self) -> str:
+        """The number of parts, their rows, and the first's sizes, as a C name."""
+        from ..codegen import describe
+
+        rows = "_".join(str(p.M) for p in self.parts)
+        return f"joined_m{rows}_{describe(self.op, self.parts[0])}"
+
+
+def build(name: str, p: Joined, gpu: Any) -> Built:
+    module = MODULES[p.op]
+    counts = [-(-part.M // linear.ROWS) for part in p.parts]
+    grid = sum(counts)
+    threads = linear.gemv_threads(gpu, grid, min(module.group_bytes(part) for part in p.parts))
+    starts = [0, *accumulate(counts)][:-1]
+    params = [(f"{n}{i}", d, size) for i, part in enumerate(p.parts) for n, d, size in module.parameters(part)]
+    with kernel(name, params, grid, threads, gpu, early=True) as k:
+        products = [
+            module.Gemv(_part(k, i, part, start), part)
+            for i, (part, start) in enumerate(zip(p.parts, starts, strict=True))
+        ]
+        each, across = products[0].each, products[0].across
+        acc = local(each)
+        zero(acc, each)
+        _choose(k.block, starts, [lambda g=g: g.accumulate(acc) for g in products])
+        total = reduce_rows(k, acc, each, across, shared(threads * each))
+        _choose(k.block, starts, [lambda g=g: g.finish(total) for g in products])
+    return Built(k.func, grid, threads)
+
+
+def _part(k: Kernel, i: int, part: Any, start: int) -> Kernel:
+    """The kernel as part i sees it."""
+    own = copy(k)
+    own.buffers = {a: k.buffers[f"{a}{i}"] for a in part.args}
+    own.block = k.block - start
+    return own
+
+
+def _choose(block: Expr, starts: list[int], bodies: list[Callable[[], None]]) -> None:
+    if len(bodies) == 1:
+        bodies[0]()
+        return
+    with T.If(block < starts[1]):
+        with T.Then():
+            bodies[0]()
+        with T.Else():
+            _choose(block, starts[1:], bodies[1:])
