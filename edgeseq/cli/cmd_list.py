@@ -13,9 +13,9 @@ Row = dict[str, Any]
 
 def _families() -> list[Row]:
     """Token models first, then those with named inputs; what a family lacks is an empty list."""
-    from edgeseq.models import families, step_families
+    from edgeseq.models import families
     from edgeseq.models.pth import SUFFIXES
-    from edgeseq.models.source import zoo_of
+    from edgeseq.models.source import records, zoo_of
     from edgeseq.models.state_bytes import per_layer
 
     loaded = {
@@ -25,7 +25,6 @@ def _families() -> list[Row]:
         ]
         for family in families().values()
     }
-    records = [*families().values(), *step_families().values()]
     return [
         {
             "name": record.name,
@@ -37,16 +36,15 @@ def _families() -> list[Row]:
             "loads": loaded.get(record.name, []),
             "zoo": list(zoo_of(record)),
         }
-        for record in records
+        for record in records()
     ]
 
 
 def _zoo() -> list[Row]:
-    from edgeseq.models import families, step_families
-    from edgeseq.models.source import zoo_of
+    from edgeseq.models.source import records, zoo_of
 
     rows = []
-    for record in [*families().values(), *step_families().values()]:
+    for record in records():
         for name, config in zoo_of(record).items():
             weights = "trained" if config is record.tiny else "random, seeded"
             params = record.param_count(config)

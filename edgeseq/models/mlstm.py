@@ -159,6 +159,17 @@ class MLSTM(Stack):
         return capped(logits, self.config.logit_cap), *new
 
 
+WIDTHS = (("qk_dim_factor", 0.5), ("v_dim_factor", 1.0))
+
+
+def head_width(r: ConfigReader, field: str, d_model: int, heads: int, default: float) -> int:
+    """`field` times the model's width, shared by the heads."""
+    total = int(d_model * r.number(field, default))
+    if total % heads or not total:
+        raise SourceError(f"config.json: {field} makes a width of {total}, which {heads} heads cannot share")
+    return total // heads
+
+
 def config_from_hf(raw: Mapping[str, Any]) -> MLSTMConfig:
     """config.json of Hugging Face's `xLSTMForCausalLM`, projections apart (`weight_mode` single) and without biases."""
     r = ConfigReader(raw)
@@ -169,23 +180,23 @@ def config_from_hf(raw: Mapping[str, Any]) -> MLSTMConfig:
     layers = r.positive("num_hidden_layers", default=32, most=MOST_LAYERS)
     r.only("num_blocks", layers)
     heads = r.positive("num_heads", default=8)
-    widths = []
-    for field, default in (("qk_dim_factor", 0.5), ("v_dim_factor", 1.0)):
-        total = int(d * r.number(field, default))
-        if total % heads or not total:
-            raise SourceError(f"config.json: {field} makes a width of {total}, which {heads} heads cannot share")
-        widths.append(total // heads)
+    d_key, d_value = (head_width(r, field, d, heads, default) for field, default in WIDTHS)
     multiple = r.positive("ffn_round_up_to_multiple_of", default=64)
     eps = r.number("norm_eps", 1e-6)
     return MLSTMConfig(
-        r.positive("vocab_size", default=50304), d, layers, heads, *widths,
+        r.positive("vocab_size", default=50304),
+        d,
+        layers,
+        heads,
+        d_key,
+        d_value,
         d_ff=int((d * r.number("ffn_proj_factor", 2.667) + multiple - 1) // multiple * multiple),
         gate_cap=r.number("gate_soft_cap", 15.0),
         logit_cap=r.number("output_logit_soft_cap", 30.0),
         eps_n=r.number("eps", 1e-6),
         eps=eps,
         tie=r.flag("tie_word_embeddings", False),
-    )  # fmt: skip
+    )
 
 
 def hf_tensors(c: MLSTMConfig) -> dict[str, StoredTensor]:

@@ -121,7 +121,7 @@ class FactorySource(Source):
     """A module made by the user's function."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        known = {f.model: f.name for f in _records()}
+        known = {f.model: f.name for f in records()}
         super().__init__(name, known.get(type(module), "custom"), getattr(module, "config", None), None)
         self.module = module
         self.tokenizer = getattr(module, "tokenizer", None)
@@ -195,8 +195,22 @@ def random_source(
     return source
 
 
-def _records() -> list[Family | StepFamily]:
+def records() -> list[Family | StepFamily]:
+    """Families of token models, then those of models with named inputs."""
     return [*families().values(), *step_families().values()]
+
+
+def within(source: Source, context: int) -> Source:
+    """The source of a model that sees at most `context` tokens: itself, unless its family can leave something out."""
+    record = families().get(source.family)
+    if not isinstance(source, FamilySource) or record is None or record.within is None:
+        return source
+    config = record.within(source.config, context)
+    if config == source.config:
+        return source
+    shorter = FamilySource(source.name, record, config, source.tokenizer, lambda name, shape: source.tensor(name))
+    shorter.learned = source.learned
+    return shorter
 
 
 def zoo_of(record: Family | StepFamily) -> dict[str, Any]:
@@ -207,13 +221,13 @@ def zoo_of(record: Family | StepFamily) -> dict[str, Any]:
 
 def zoo_names() -> tuple[str, ...]:
     """Every name that `zoo:` takes, twins aside."""
-    return tuple(name for record in _records() for name in zoo_of(record))
+    return tuple(name for record in records() for name in zoo_of(record))
 
 
 def _open_zoo(name: str) -> FamilySource:
     if name.endswith("-twin"):
         return twin_of(_open_zoo(name.removesuffix("-twin")))
-    for record in _records():
+    for record in records():
         if name == f"tiny-{record.name}" and record.tiny is not None:
             return _tiny(record)
         if name in record.zoo:

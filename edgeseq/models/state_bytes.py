@@ -178,9 +178,9 @@ def letters(record: Family, config: Any, context: int) -> dict[str, float]:
         if value is not None:
             found[letter] = value
     for letter, made in DERIVED.items():
-        value = made(recurrent)
-        if value is not None:
-            found.setdefault(letter, value)
+        other = made(recurrent)
+        if other is not None:
+            found.setdefault(letter, other)
     where, pattern = getattr(config, "attention_at", None), getattr(config, "pattern", None)
     if where is None and isinstance(pattern, tuple):
         where = [i for i in range(config.n_layers) if pattern[i % len(pattern)] == "attention"]
