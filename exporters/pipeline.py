@@ -96,9 +96,9 @@ def export(
     """
     wanted = DEFAULT_CONTEXT if context is None else context
     request = Request.checked(flavour, quant, chunks, wanted, dtype, calibrate, progress)
-    if isinstance(source, str):
-        from edgeseq.models.source import open_source
+    from edgeseq.models.source import open_source, within
 
+    if isinstance(source, str):
         source = open_source(source)
     modes = None
     if distill is not None:
@@ -109,6 +109,9 @@ def export(
     longest = getattr(model, "longest", None)
     if context is None and longest is not None:
         request = dataclasses.replace(request, context=min(DEFAULT_CONTEXT, longest))
+    shorter = within(source, request.context)
+    if shorter is not source:
+        source, model = shorter, shorter.build("meta").eval()
     signatures = _signatures(model, request)
     with new_directory(Path(out), is_export, "previous export") as directory:
         if modes is not None:

@@ -193,6 +193,8 @@ class Family:
     derive:        (config, tensor name, read) -> what an export computes once from other tensors (the step matrices of
                    a continuous model, the taps of a filter given as a network): every buffer that is no constant.
     distil:        how its long filters become modes, where it has any: (config, read, order, tolerance, progress).
+    within:        (config, context) -> the config of a model that is to see at most that many tokens, where that is
+                   smaller.
     letters:       (config, context) -> letters of the formula that are no field of the usual name.
     other_checkpoints: further ways in which its tensors are stored, tried after `checkpoint`.
     """
@@ -212,6 +214,7 @@ class Family:
     other_checkpoints: tuple[Checkpoint, ...] = ()
     derive: Callable[[Any, str, Callable[[str], Array]], Array] | None = None
     distil: Callable[..., Distilled] | None = None
+    within: Callable[[Any, int], Any] | None = None
     letters: Callable[[Any, int], Mapping[str, float]] | None = None
 
     @property

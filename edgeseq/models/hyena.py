@@ -69,7 +69,7 @@ class HyenaMixer(Mixer):
             return
         self.filter = ImplicitFilter(c)
         for j in filters:
-            self.register_buffer(f"taps{j}", torch.empty(c.horizon, c.d_model))
+            self.register_buffer(f"taps{j}", torch.empty(c.kept, c.d_model))
 
     def kernels(self, tokens: int) -> Sequence[Tensor]:
         """The response [d,tokens'] of every filter, at most `tokens` long."""
@@ -77,9 +77,7 @@ class HyenaMixer(Mixer):
             pairs = zip(self.poles, self.residues, strict=True)
             return [state_space.modal_kernel(poles, residues, tokens) for poles, residues in pairs]
         parts = dict(self.filter.named_parameters())
-        return list(
-            taps(self.c, min(tokens, self.c.horizon), *(parts[name] for name in parts_of(self.c))).transpose(1, 2)
-        )
+        return list(taps(self.c, min(tokens, self.c.kept), *(parts[name] for name in parts_of(self.c))).transpose(1, 2))
 
     def forward(self, h: Tensor) -> Tensor:
         z = parallel.causal_conv_parallel(self.in_proj(h), self.conv_weight, self.conv_bias)
@@ -179,7 +177,7 @@ def derive(c: HyenaConfig, name: str, read: Callable[[str], Array]) -> Array:
     """The taps [R,d] of one filter from the network behind it."""
     mixer, leaf = name.rsplit(".", 1)
     parts = [read(f"{mixer}.filter.{part}") for part in parts_of(c)]
-    (found,) = state_space.numpy_of(lambda *x: (taps(c, c.horizon, *x),), *parts)
+    (found,) = state_space.numpy_of(lambda *x: (taps(c, c.kept, *x),), *parts)
     return np.ascontiguousarray(found[int(leaf.removeprefix("taps"))])
 
 
@@ -209,6 +207,11 @@ def distil(
                 tensors[f"{mixer}.skips.{j}"] = skip.astype(np.float32)
     progress(c.n_layers, c.n_layers)
     return Distilled(replace(c, modal=tuple(modes) if any(modes) else ()), tensors, tuple(layers), order, tolerance)
+
+
+def within(c: HyenaConfig, context: int) -> HyenaConfig:
+    """The same model for sequences of at most `context` tokens: taps that reach further back are never read."""
+    return replace(c, reach=context) if context < c.kept and 0 in c.modes else c
 
 
 def random_tensor(c: HyenaConfig, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -257,4 +260,5 @@ FAMILY = Family(
     random_tensor=random_tensor,
     derive=derive,
     distil=distil,
+    within=within,
 )

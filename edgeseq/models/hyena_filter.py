@@ -21,6 +21,7 @@ class HyenaConfig:
     frequency: of the sines at the start: the smaller, the smoother the filters.
 
     modal: modes of each layer's distilled filters, 0 for an exact layer; empty: all are exact.
+    reach: taps that are kept where fewer than the horizon can matter; 0 keeps all.
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class HyenaConfig:
     eps: float = 1e-6
     tie: bool = True
     layout: Literal["paper", "hyenadna"] = "paper"
+    reach: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modal", tuple(self.modal))  # a list when it comes from a manifest
@@ -46,6 +48,11 @@ class HyenaConfig:
             raise SourceError("A Hyena needs a horizon and a band of at least 1 and a short filter of at least 2")
         if self.modal and (len(self.modal) != self.n_layers or min(self.modal) < 0):
             raise SourceError(f"A Hyena of {self.n_layers} layers cannot have the modes {list(self.modal)}")
+
+    @property
+    def kept(self) -> int:
+        """Taps of every exact filter."""
+        return min(self.reach or self.horizon, self.horizon)
 
     @property
     def modes(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from edgeseq.manifest import load_manifest
 from edgeseq.models.hyena import HyenaConfig
 from edgeseq.models.source import FamilySource, open_source, random_source
 from edgeseq.models.twin import family_of_config
+from edgeseq.verify.tolerances import tolerance
 from exporters import export
 
 CONFIG = HyenaConfig(53, 20, 2, 0, 64, filter_width=8, filter_bands=1, frequency=0.5)
@@ -120,6 +121,24 @@ def test_what_cannot_be_distilled_is_said(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             export(what, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_taps_beyond_the_context_are_left_out(tmp_path: Path) -> None:
+    """64 taps, 40 tokens: what is stored and said is what the context can reach, and the answers are the same."""
+    export(source(), tmp_path / "short", chunks=(5,), context=40)
+    manifest, stored = (
+        load_manifest(tmp_path / "short"),
+        safetensors.numpy.load_file(tmp_path / "short/weights.safetensors"),
+    )
+    assert manifest.config["reach"] == 40
+    assert stored["layers.1.mixer.taps0"].shape == (40, 20)
+    np.testing.assert_array_equal(stored["layers.1.mixer.taps0"], source().tensor("layers.1.mixer.taps0")[:40])
+    golden = safetensors.numpy.load_file(tmp_path / "short/golden.safetensors")
+    with torch.no_grad():
+        exact = source().build()(torch.from_numpy(golden["tokens"])[None])[0].numpy()
+    assert len(exact) == 40
+    assert np.abs(golden["logits"] - exact).max() <= tolerance("torch", "float32", exact)
+    assert export(source(), tmp_path / "long", chunks=(), context=64).config["reach"] == 0
 
 
 def test_the_command_prints_the_error_of_each_layer(
