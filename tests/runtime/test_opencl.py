@@ -3,6 +3,7 @@ and GPU, kept programs, and every way in which a driver can fail."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -393,6 +394,21 @@ def test_the_contract_of_the_header_under_the_sanitizers(opencl_bundle: Path, tm
     main = build.C_DIR / "tests" / "test_api.c"
     test = build.program(tmp_path / "api", main, flags, build.NO_KERNELS, parts=handmade_gpu.parts())
     assert build.run([test, opencl_bundle / "model.edgeseq"], env={"ASAN_OPTIONS": "detect_leaks=0"}) == "ok\n"
+
+
+def test_the_driver_program_runs_it(opencl_bundle: Path, tmp_path: Path) -> None:
+    """edgeseq-device on a GPU's bundle: the device in a line, and the tokens of the binding."""
+    tool = build.C_DIR / "tools" / "edgeseq_device.c"
+    flags = ["-O2", "-DES_WITH_OPENCL"]
+    driver = build.program(tmp_path / "driver", tool, flags, build.NO_KERNELS, parts=handmade_gpu.parts())
+    info, made = (
+        json.loads(build.run([driver, opencl_bundle / "model.edgeseq", *command]))
+        for command in (["info"], ["run", "--tokens", ",".join(map(str, TOKENS[:9])), "-n", "20"])
+    )
+    with edgeseq.load(opencl_bundle) as model, model.session() as session:
+        assert (info["device"], info["device_session_bytes"]) == (model.info.device, model.info.device_session_bytes)
+        session.prefill(TOKENS[:9])
+        assert made["tokens"] == list(session.generate(20))
 
 
 OCLGRIND = Path("/usr/lib/oclgrind/liboclgrind-rt.so")

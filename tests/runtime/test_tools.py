@@ -34,6 +34,7 @@ def test_info_and_check(driver: Path, handmade_bundle: Path) -> None:
     with edgeseq.load(handmade_bundle) as model:
         assert info["model_id"] == model.info.model_id and info["session_bytes"] == model.info.session_bytes
     assert info["graph_tokens"] == [1, 4, 8] and info["vocab"] == handmade.V and info["n_threads"] == 2
+    assert (info["device"], info["device_session_bytes"]) == ("CPU, 2 threads", 0)
     assert say(driver, handmade_bundle, "check") == [{"weights": "good"}]
 
 

@@ -107,7 +107,11 @@ static void state_save(const device *d)
 static void info(const device *d)
 {
     size_t need = 0;
+    es_device_info on = ES_DEVICE_INFO_INIT;
     check(es_session_need(d->model, &need), "info", NULL);
+    check(es_model_device(d->model, &on), "info", NULL);
+    for (char *c = on.text; *c != '\0'; c++) /* a driver's words in a string of JSON */
+        *c = (char)(*c == '"' || *c == '\\' || (unsigned char)*c < ' ' ? ' ' : *c);
     printf("{\"model_id\":\"");
     for (int i = 0; i < 16; i++)
         printf("%02x", d->info.model_id[i]);
@@ -119,10 +123,11 @@ static void info(const device *d)
         printf("%s%u", i > 0 ? "," : "", graph.tokens);
     }
     printf("],\"file_bytes\":%llu,\"weight_bytes\":%llu,\"state_bytes\":%llu,\"io_bytes\":%llu,\"arena_bytes\":%llu,"
-           "\"session_bytes\":%llu}\n",
+           "\"session_bytes\":%llu,\"device_session_bytes\":%llu,\"device\":\"%s\"}\n",
            (unsigned long long)d->info.file_bytes, (unsigned long long)d->info.weight_bytes,
            (unsigned long long)d->info.state_bytes, (unsigned long long)d->info.io_bytes,
-           (unsigned long long)d->info.arena_bytes, (unsigned long long)need);
+           (unsigned long long)d->info.arena_bytes, (unsigned long long)need, (unsigned long long)on.session_bytes,
+           on.text);
 }
 
 static void weights(const device *d)
