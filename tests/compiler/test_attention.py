@@ -52,7 +52,8 @@ def merge_of(p: CachedAttention) -> AttentionMerge:
 @pytest.fixture(scope="module", params=ON)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
     """What the chosen tests call, no more: a kernel takes seconds to compile."""
-    chosen = [i.callspec.params for i in request.session.items if i.module is request.module and hasattr(i, "callspec")]
+    mine = (item for item in request.session.items if getattr(item, "module", None) is request.module)
+    chosen = [item.callspec.params for item in mine if hasattr(item, "callspec")]
     found = [PARTS[0], *(params["p"] for params in chosen if "p" in params)]
     merges = [merge_of(p) for p in found if p in PARTS]
     return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(dict.fromkeys([*found, *merges])))
@@ -106,10 +107,12 @@ class Case:
         return o
 
 
-named = {"ids": lambda p: f"T{p.T}-H{p.H}-Hk{p.Hk}-d{p.d}-N{p.N}-prefix{p.prefix}"}
+def sizes(p: AttentionChunk | CachedAttention) -> str:
+    """What a case is called."""
+    return f"T{p.T}-H{p.H}-Hk{p.Hk}-d{p.d}-N{p.N}-prefix{p.prefix}"
 
 
-@pytest.mark.parametrize("p", some_slow([*CHUNKS, *RING_CHUNKS], (2, 7)), **named)
+@pytest.mark.parametrize("p", some_slow([*CHUNKS, *RING_CHUNKS], (2, 7)), ids=sizes)
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_a_chunk_at_every_edge(library: AnyLibrary, p: AttentionChunk, size: float) -> None:
     for position in positions(p, 0):
@@ -117,7 +120,7 @@ def test_a_chunk_at_every_edge(library: AnyLibrary, p: AttentionChunk, size: flo
         close(case.run(library, p), case.want)
 
 
-@pytest.mark.parametrize("p", some_slow(PARTS, (0,)), **named)
+@pytest.mark.parametrize("p", some_slow(PARTS, (0,)), ids=sizes)
 def test_parts_and_their_merge_at_every_edge(library: AnyLibrary, p: CachedAttention) -> None:
     for position in positions(p, 1):
         case = Case(p, position)
@@ -127,7 +130,7 @@ def test_parts_and_their_merge_at_every_edge(library: AnyLibrary, p: CachedAtten
         close(o, case.want)
 
 
-@pytest.mark.parametrize("p", some_slow(DRAWN, (0,)), **named)
+@pytest.mark.parametrize("p", some_slow(DRAWN, (0,)), ids=sizes)
 def test_a_prefix_and_a_reservoir_at_every_edge(library: AnyLibrary, p: CachedAttention) -> None:
     for position in [*positions(p, 2), *range(p.N, p.N + 12)]:
         case = Case(p, position)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -44,15 +46,17 @@ patterns = st.one_of(
     position=st.sampled_from([0, 1, 7, 40, 1 << 20]), data=st.data(),
 )  # fmt: skip
 def test_body_schema_torch_and_numpy_agree_under_any_cut(pattern, sizes, seed, position, data) -> None:  # type: ignore[no-untyped-def]
-    _, tokens, kv, group, _ = sizes
-    inputs, op = inputs_of(seed, *sizes, pattern.rows, position), all_ops()["SparseAttention"]
-    heads = {"num_heads": kv * group, "num_kv_heads": kv, "scale": 0.4}
+    batch, tokens, kv, group, width = sizes
+    inputs = inputs_of(seed, batch, tokens, kv, group, width, pattern.rows, position)
+    op = all_ops()["SparseAttention"]
+    heads: dict[str, Any] = {"num_heads": kv * group, "num_kv_heads": kv, "scale": 0.4}
     drawn = {n: getattr(pattern, n) for n in ("prefix", "block", "blocks", "seed")}
-    wide = {n: x if n == "position" else x.astype(np.float64) for n, x in inputs.items()}
+    wide: dict[str, Any] = {n: x if n == "position" else x.astype(np.float64) for n, x in inputs.items()}
     wanted = sparse_attention(**wide, **heads, **drawn)
 
     def torches(values: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [x.numpy() for x in by_torch(*map(torch.from_numpy, values.values()), *heads.values(), pattern)]
+        args: list[Any] = [*map(torch.from_numpy, values.values()), *heads.values(), pattern]
+        return [x.numpy() for x in by_torch(*args)]
 
     proto = model(op, inputs, heads | drawn)
     shapes, found = inferred_shapes(proto), torches(inputs)

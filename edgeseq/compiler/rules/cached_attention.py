@@ -62,11 +62,22 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     return Claim(claimed, (q, k, v, position, past_k, past_v), emit)
 
 
-def attend(low: Lowering, names: tuple[str, ...], heads: int, scale: float, ring: bool = False, **drawn: int) -> None:
+def attend(
+    low: Lowering,
+    names: tuple[str, ...],
+    heads: int,
+    scale: float,
+    ring: bool = False,
+    prefix: int = 0,
+    block: int = 1,
+    blocks: int = 0,
+    seed: int = 0,
+) -> None:
     """The calls of one attention. names: q, k, v, past and present keys, past and present values, position, result.
 
-    drawn: prefix and reservoir of a ring. A step goes row by row; where the heads of keys are few and the cache is
-    long, it is cut into parts that threads share, and a second launch merges them. A chunk goes by blocks of queries.
+    prefix, block, blocks, seed: of a ring, see `CachedAttention`.
+    A step goes row by row; where the heads of keys are few and the cache is long, it is cut into parts that threads
+    share, and a second launch merges them. A chunk goes by blocks of queries.
     """
     q, k, v, past_k, present_k, past_v, present_v, position, result = names
     qv, kv, vv = low.rows(q), low.rows(k), low.rows(v)
@@ -77,26 +88,22 @@ def attend(low: Lowering, names: tuple[str, ...], heads: int, scale: float, ring
     read += [Arg(low.state(past_k, present_k), "rw"), Arg(low.state(past_v, present_v), "rw")]
     read += [Arg(low.rows(position), "r")]
     row = 2 * kv_heads * d * 4
-    moved = 2 if drawn.get("blocks") else 1  # what a token replaces may be kept elsewhere
+    moved = 2 if blocks else 1  # what a token replaces may be kept elsewhere
     traffic = {"state": min(tokens, rows) * row * moved, "kv": row} | ({"kv_rows": rows} if ring else {})
     out = Arg(low.result(result), "w")
-    if tokens > 1 and not drawn.get("blocks") and low.target.gpu is None:
-        params = AttentionChunk(*sizes, prefix=drawn.get("prefix", 0), tile=low.target.gemm_tile)
+    if tokens > 1 and not blocks and low.target.gpu is None:
+        params = AttentionChunk(*sizes, prefix=prefix, tile=low.target.gemm_tile)
         low.call(KernelRef("attention_chunk", params), *read, out, **traffic)
         return
     parts = 1
-    if tokens == 1 and not drawn.get("blocks"):
+    if tokens == 1 and not blocks:
         parts = parts_on_gpu(heads, kv_heads, rows) if low.target.gpu else parts_of(kv_heads, rows)
+    step = CachedAttention(*sizes, prefix=prefix, block=block, blocks=blocks, seed=seed, parts=parts)
     if parts == 1:
-        low.call(KernelRef("cached_attention", CachedAttention(*sizes, **drawn)), *read, out, **traffic)
+        low.call(KernelRef("cached_attention", step), *read, out, **traffic)
         return
     partial = low.scratch(f"{result}.parts", "float32", (heads, parts, d + 2))
-    low.call(
-        KernelRef("cached_attention", CachedAttention(*sizes, **drawn, parts=parts)),
-        *read,
-        Arg(partial, "w"),
-        **traffic,
-    )
+    low.call(KernelRef("cached_attention", step), *read, Arg(partial, "w"), **traffic)
     low.call(KernelRef("attention_merge", AttentionMerge(heads, d, parts)), Arg(partial, "r"), out)
 
 
