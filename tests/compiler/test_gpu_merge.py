@@ -1,0 +1,239 @@
+"""What GPUs do in fewer launches: each merged kernel against float64, and how many launches a layer takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeseq.bundle.reader import BundleFile
+from edgeseq.compiler.gpu.batch import Batch
+from edgeseq.compiler.gpu.joined import Joined
+from edgeseq.compiler.gpu.linear import FusedLinear
+from edgeseq.compiler.gpu.linear_q import FusedLinearQ
+from edgeseq.compiler.gpu.merge import _may_move
+from edgeseq.compiler.gpu.selective_scan import FusedScan
+from edgeseq.compiler.ir import Arg, Call, KernelRef, Storage, Value
+from edgeseq.compiler.kernels.linear_q import LinearQ
+from edgeseq.compiler.kernels.rotary import Rotary
+from edgeseq.compiler.pack import pack
+from edgeseq.ops.selective_scan import selective_scan
+from edgeseq.verify.tolerances import tolerance
+from tests import bundles
+
+from .library import DeviceLibrary, unset
+from .test_kernels import Draw
+from .test_quantised import empty, rounded, weights
+
+K, EPS = 70, 1e-3
+NORMED = [
+    FusedLinear(1, m, K, K, wdtype=d, bias=bias, norm=True, norm_weight=weight, eps=EPS)
+    for m, d, bias, weight in ((1, "float32", False, True), (40, "float16", True, True), (33, "float32", True, False))
+]
+GATED = [FusedLinear(1, 35, K, K, glu=True), FusedLinear(1, 16, K, K, glu=True, norm=True, norm_weight=True, eps=EPS)]
+CONVOLVED = [
+    FusedLinear(1, 50, K, K, conv=4, conv_at=17, conv_C=21, conv_bias=True, conv_silu=True),
+    FusedLinear(1, 32, K, K, conv=1, conv_at=0, conv_C=32, norm=True, norm_weight=True, eps=EPS),
+    FusedLinear(1, 32, K, K, conv=2, conv_at=16, conv_C=16),
+]
+GATED_Q = [
+    FusedLinearQ(1, 64, K, bits, "dp4a", glu=True, quant=z) for bits, z in ((4, None), (8, None), (4, 8), (8, 0))
+]
+SCANS = [
+    FusedScan(1, d, n, d, d, n, n, skip=True, dt_bias=True, dt_rank=r, dt_wdtype=t)
+    for d, n, r, t in ((33, 4, 1, "float32"), (64, 16, 7, "float16"), (20, 5, 40, "float32"))
+]
+JOINED = Joined("linear", (FusedLinear(1, 40, K, K, bias=True), FusedLinear(1, 5, 33, 33), FusedLinear(1, 16, K, K)))
+JOINED_Q = Joined(
+    "linear_q", (LinearQ(1, 40, K, 4, "dp4a"), LinearQ(1, 7, 200, 4, "dp4a"), LinearQ(1, 33, K, 8, "dp4a"))
+)
+ROTATED = Batch((("rotary", Rotary(1, 4, 32, 128, False)), ("rotary", Rotary(1, 1, 32, 32, False))))
+OPS = {FusedLinear: "linear", FusedLinearQ: "linear_q", FusedScan: "selective_scan", Joined: "joined", Batch: "batch"}
+
+
+def ref(p: Any) -> KernelRef:
+    return KernelRef(OPS[type(p)], p)
+
+
+@pytest.fixture(scope="module")
+def device() -> DeviceLibrary:
+    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, JOINED, JOINED_Q, ROTATED]
+    return DeviceLibrary([(ref(p), len(p.args)) for p in every])
+
+
+def close(got: NDArray, want: NDArray) -> None:
+    assert np.abs(got.reshape(-1) - want.reshape(-1)).max() <= tolerance("runtime", "float32", want)
+
+
+def stored(w: NDArray, dtype: str) -> tuple[NDArray, NDArray]:
+    """As the checkpoint has it, and what it means."""
+    kept = w.astype(dtype)
+    return kept, kept.astype(np.float64)
+
+
+class Product:
+    """Arguments of one merged product by name, and what its rows are."""
+
+    def __init__(self, p: FusedLinear, d: Draw) -> None:
+        self.p, x = p, d.normal(p.K)
+        self.args: dict[str, NDArray] = {"x": x, "y": unset(p.M)}
+        input_ = x.astype(np.float64)
+        if p.norm:
+            input_ = input_ / np.sqrt((input_**2).mean() + p.eps)
+        if p.norm_weight:
+            self.args["norm_w"] = d.normal(p.K)
+            input_ = input_ * self.args["norm_w"]
+        rows = []
+        for name in ("w", "wu") if p.glu else ("w",):
+            kept, meant = stored(d.normal(p.M, p.K), p.wdtype)
+            self.args[name] = pack("rows16", kept)
+            rows.append(meant @ input_)
+        self.want = rows[0]
+        if p.glu:
+            self.want = rows[0] / (1 + np.exp(-rows[0])) * rows[1]
+        if p.bias:
+            self.args["bias"] = d.normal(p.M)
+            self.want = self.want + self.args["bias"]
+
+
+@pytest.mark.parametrize("p", [*NORMED, *GATED], ids=str)
+def test_a_norm_and_a_gate_within_the_product(device: DeviceLibrary, p: FusedLinear) -> None:
+    made = Product(p, Draw(1))
+    (y,) = device.call(ref(p), [made.args[a] for a in p.args], "".join("w" if a == "y" else "r" for a in p.args))
+    close(y, made.want)
+
+
+@pytest.mark.parametrize("p", CONVOLVED, ids=str)
+def test_a_convolution_behind_the_product(device: DeviceLibrary, p: FusedLinear) -> None:
+    d = Draw(2)
+    made = Product(p, d)
+    taps, past = d.normal(p.conv, p.conv_C), d.normal(max(1, p.conv - 1), p.conv_C)
+    made.args |= {"conv_w": taps, "past": past, "yc": unset(p.conv_C)}
+    full = np.concatenate([past[: p.conv - 1], made.want[None, p.conv_at : p.conv_at + p.conv_C]])
+    want = (taps * full).sum(0)
+    if p.conv_bias:
+        made.args["conv_b"] = d.normal(p.conv_C)
+        want = want + made.args["conv_b"]
+    want = want / (1 + np.exp(-want)) if p.conv_silu else want
+    access = "".join({"y": "w", "yc": "w", "past": "m"}.get(a, "r") for a in p.args)
+    out = dict(zip([a for a, how in zip(p.args, access, strict=True) if how != "r"],
+                   device.call(ref(p), [made.args[a] for a in p.args], access), strict=True))  # fmt: skip
+    close(out["y"], made.want)
+    close(out["yc"], want)
+    if p.conv > 1:
+        close(out["past"], full[1:])
+
+
+@pytest.mark.parametrize("p", GATED_Q, ids=str)
+def test_a_gate_of_quantised_products(device: DeviceLibrary, p: FusedLinearQ) -> None:
+    d, zero = Draw(3), 8 if p.bits == 4 else 0
+    packed, rows = [], []
+    q, scale, offset = rounded(d.normal(1, p.K), zero)
+    x = (q * scale.astype(np.float64)[..., None]).reshape(-1)[: p.K]
+    for _ in range(2):
+        codes, scales, w = weights(d, p.M, p.K, p.bits)
+        packed.append(pack("q4x16" if p.bits == 4 else "s8x16", codes, scales))
+        rows.append(w @ x)
+    want = rows[0] / (1 + np.exp(-rows[0])) * rows[1]
+    outputs = [unset(p.M)] if p.quant is None else empty(1, p.M)
+    views = [v for w in packed for v in (w, w.view(np.float16))]
+    found = device.call(ref(p), [q, scale, offset, *views, *outputs], "r" * 7 + "w" * len(outputs))
+    if p.quant is None:
+        close(found[0], want)
+        return
+    codes, scales, sums = found
+    blocks = codes.reshape(-1, 32).astype(np.int64)
+    assert np.array_equal(sums.reshape(-1), -p.quant * blocks.sum(1))
+    error = np.abs((blocks * scales.reshape(-1, 1)).reshape(-1) - want)
+    assert (error <= np.repeat(scales.reshape(-1), 32) * 0.501).all()
+
+
+@pytest.mark.parametrize("p", SCANS, ids=str)
+def test_a_scan_that_projects_its_step_sizes(device: DeviceLibrary, p: FusedScan) -> None:
+    d = Draw(4)
+    u, r, skip, bias, past = d.normal(p.D), d.normal(p.dt_rank), d.normal(p.D), d.normal(p.D), d.normal(p.N, p.D)
+    kept, meant = stored(0.3 * d.normal(p.D, p.dt_rank), p.dt_wdtype)
+    A = -np.exp(d.normal(p.N, p.D))
+    B, C = d.normal(p.N), d.normal(p.N)
+    dt = (meant @ r)[None, None]
+    wide = [v.astype(np.float64) for v in (u, A, B, C, skip, bias, past)]
+    y, present = selective_scan(
+        wide[0][None, None],
+        dt,
+        wide[1],
+        wide[2][None, None],
+        wide[3][None, None],
+        wide[4],
+        None,
+        wide[5],
+        wide[6][None],
+    )
+    arrays = [u, r, pack("rows16", kept), pack("columns16", A), B, C, skip, bias, past, unset(p.D)]
+    if p.dt_wdtype == "float16":
+        arrays[2] = arrays[2].view(np.uint16)
+    state, out = device.call(ref(p), arrays, "rrrrrrrrmw")
+    close(out, y)
+    close(state, present)
+
+
+def test_products_that_share_a_launch(device: DeviceLibrary) -> None:
+    d = Draw(5)
+    made = [Product(p, d) for p in JOINED.parts]
+    arrays = [m.args[a] for m in made for a in m.p.args]
+    access = "".join("w" if a == "y" else "r" for m in made for a in m.p.args)
+    for m, y in zip(made, device.call(ref(JOINED), arrays, access), strict=True):
+        close(y, m.want)
+
+
+def test_quantised_products_that_share_a_launch(device: DeviceLibrary) -> None:
+    d, arrays, wants = Draw(6), [], []
+    for p in JOINED_Q.parts:
+        q, scale, offset = rounded(d.normal(1, p.K), 8 if p.bits == 4 else 0)
+        codes, scales, w = weights(d, p.M, p.K, p.bits)
+        packed = pack("q4x16" if p.bits == 4 else "s8x16", codes, scales)
+        arrays += [q, scale, offset, packed, packed.view(np.float16), unset(p.M)]
+        wants.append(w @ (q * scale.astype(np.float64)[..., None]).reshape(-1)[: p.K])
+    for y, want in zip(device.call(ref(JOINED_Q), arrays, "rrrrrw" * 3), wants, strict=True):
+        close(y, want)
+
+
+def test_rotations_that_share_a_launch(device: DeviceLibrary) -> None:
+    d = Draw(7)
+    angle = d.normal(16)
+    c, s = np.cos(angle), np.sin(angle)
+    xs = [d.normal(128), d.normal(32)]
+    arrays = [a for x in xs for a in (x, c, s, unset(x.size))]
+    for x, y in zip(xs, device.call(ref(ROTATED), arrays, "rrrw" * 2), strict=True):
+        a, b = np.split(x.reshape(-1, 32).astype(np.float64), 2, axis=1)
+        close(y, np.concatenate([a * c - b * s, b * c + a * s], axis=1))
+
+
+def call(reads: list[Storage], writes: list[Storage]) -> Call:
+    def arg(s: Storage, access: Any) -> Arg:
+        return Arg(Value(s.name, "float32", (4,), s), access)
+
+    return Call(KernelRef("copy", None), (*(arg(s, "r") for s in reads), *(arg(s, "w") for s in writes)))
+
+
+def test_a_call_moves_only_past_what_it_does_not_touch() -> None:
+    a, b, c, d = (Storage("arena", name, 16) for name in "abcd")
+    state = Storage("state", "s", 16)
+    free = [call([a], [b]), call([b], [c]), call([a], [d])]
+    assert _may_move(free, 0, 2)
+    assert not _may_move([call([a], [b]), call([b], [c]), call([c], [d])], 0, 2), "its input is made in between"
+    assert not _may_move([call([a], [b]), call([state], [c]), call([a], [state])], 0, 2), "it overwrites what is read"
+    assert not _may_move([call([a], [b]), call([a], [state]), call([state], [d])], 0, 2), "it reads what is overwritten"
+
+
+@pytest.mark.parametrize(("family", "most"), [("mamba", 4), ("transformer", 7)])
+def test_launches_of_a_layer(family: str, most: int) -> None:
+    """Norms, convolutions, gates, rotations and step sizes cost no launch of their own."""
+    with BundleFile(bundles.bundled(family, "opencl"), check_weights=False) as file:
+        plan = file.plan
+        counts = Counter(x.kernel for x in plan.step.launches)
+    layers = max(counts.values())
+    once = sum(n for n in counts.values() if n < layers)
+    assert sum(counts.values()) - once <= most * layers, counts
