@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -57,9 +58,9 @@ def build(name: str, p: Joined, gpu: Any) -> Built:
         each, across = products[0].each, products[0].across
         acc = local(each)
         zero(acc, each)
-        _choose(k.block, starts, [lambda g=g: g.accumulate(acc) for g in products])
+        _choose(k.block, starts, [partial(g.accumulate, acc) for g in products])
         total = reduce_rows(k, acc, each, across, shared(threads * each))
-        _choose(k.block, starts, [lambda g=g: g.finish(total) for g in products])
+        _choose(k.block, starts, [partial(g.finish, total) for g in products])
     return Built(k.func, grid, threads)
 
 
