@@ -89,14 +89,16 @@ def _bound(plan: Plan, depths: tuple[int, ...]) -> dict[str, Any] | None:
     from edgeseq.bundle.ledger import ledger
 
     name = plan.target.get("name")
-    profile = load_profile(name) if name in profile_names() else None
-    if profile is None or not profile.peak_bandwidth_gbs:
+    rate, source = plan.target.get("peak_bandwidth_gbs", 0.0), plan.target.get("bandwidth_source", "")
+    if not rate and name in profile_names():  # a bundle of an older version
+        profile = load_profile(name)
+        rate, source = profile.peak_bandwidth_gbs, profile.bandwidth_source
+    if not isinstance(rate, int | float) or not rate > 0:
         return None
-    rate = profile.peak_bandwidth_gbs
     return {
         "device": name,
         "peak_bandwidth_gbs": rate,
-        "source": profile.bandwidth_source,
+        "source": source,
         "tok_s": {str(depth): round(ledger(plan).bound_tok_s(rate, depth), 2) for depth in depths},
     }
 

@@ -59,6 +59,20 @@ def test_the_bound_of_a_device_is_called_one(tmp_path: Path, capfd: pytest.Captu
     assert "a bound by its 17.1 GB/s" in text and "not a measurement" in text and "LPDDR4X-4267" in text
 
 
+def test_the_bound_of_a_users_own_device_comes_from_the_bundle(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = recurrent_plan()
+    facts = {"name": "my-phone", "peak_bandwidth_gbs": 50.0, "bandwidth_source": "its data sheet"}
+    with new_bundle(tmp_path / "bundle") as directory:
+        write_plan(replace(plan, target=facts), directory / "model.edgeseq")
+    text = _run(capfd, "inspect", str(tmp_path / "bundle"))
+    assert "more tokens/s than this on my-phone: a bound by its 50.0 GB/s (its data sheet), not a measurement" in text
+    with new_bundle(tmp_path / "bundle") as directory:
+        write_plan(replace(plan, target=facts | {"peak_bandwidth_gbs": "much"}), directory / "model.edgeseq")
+    assert "a bound by" not in _run(capfd, "inspect", str(tmp_path / "bundle"))
+
+
 def _export(directory: Path) -> Path:
     made = manifest(recurrent_plan().manifest.step.signature.state)
     directory.mkdir()

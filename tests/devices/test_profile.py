@@ -64,7 +64,7 @@ def test_unknown_names() -> None:
     assert caught.value.hint == "did you mean raspberry-pi-5?" and caught.value.exit_code == 2
     with pytest.raises(UsageError) as caught:
         load_profile("zzz")
-    assert caught.value.hint.startswith("known: host, ")
+    assert caught.value.hint.startswith("known: ") and " host, " in caught.value.hint
     with pytest.raises(UsageError) as caught:
         load_profile("cuda-sm97", others=["cuda-sm87"])
     assert "cuda-sm87" in caught.value.hint
@@ -77,3 +77,24 @@ def test_unknown_transport(tmp_path: Path) -> None:
     path.write_text(GOOD + '[transport]\nkind = "pigeon"\n')
     with pytest.raises(DeviceError, match="transport 'pigeon', which does not exist"):
         open_transport(load_profile(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "rate", "lockstep"),
+    [
+        ("snapdragon-8-gen-3", "Adreno 750", 9600, 64),
+        ("snapdragon-8-elite", "Adreno 830", 10600, 64),
+        ("tensor-g3", "Mali-G715", 8533, 16),
+        ("dimensity-9300", "Immortalis-G720", 9600, 16),
+    ],
+)
+def test_phones(name: str, gpu: str, rate: int, lockstep: int) -> None:
+    """The bandwidth is the cited transfer rate over 64 bits, and the rest is what kernels are made for."""
+    profile = load_profile(name)
+    assert profile.gpu is not None and profile.triple == "aarch64-linux-android"
+    assert (profile.gpu.backend, profile.gpu.name, profile.gpu.subgroup, profile.gpu.half) == (
+        "opencl", gpu, lockstep, True,
+    )  # fmt: skip
+    assert profile.gpu.threads % lockstep == 0
+    assert f"{rate}e6 transfers/s" in profile.bandwidth_source
+    assert profile.peak_bandwidth_gbs == pytest.approx(rate * 8e-3, rel=1e-3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from devices.profile import load_profile
@@ -40,6 +40,7 @@ class Target:
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
     dot:       the byte product and its tile.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
+    bandwidth: what the device's memory moves by its data sheet, 1e9 bytes per second (0 is unknown), and who says so.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Target:
     gemm_tile: tuple[int, int]
     dot: Dot
     gpu: Gpu | None = None
+    bandwidth: tuple[float, str] = (0.0, "")
 
     @property
     def backend(self) -> Literal["cpu", "opencl", "cuda"]:
@@ -63,6 +65,8 @@ class Target:
             facts["cpu"] = self.llvm["mcpu"]
         if self.gpu:
             facts["gpu"] = {k: v for k, v in asdict(self.gpu).items() if v}
+        if self.bandwidth[0]:
+            facts["peak_bandwidth_gbs"], facts["bandwidth_source"] = self.bandwidth
         return facts
 
 
@@ -80,6 +84,7 @@ def resolve(name: str) -> Target:
     if arch not in families():
         raise CompileError(f"{name}: no code generator for {arch}", f"known: {', '.join(families())}")
     target: Target = importlib.import_module(f"{__name__}.{arch}").make(profile)
+    target = replace(target, bandwidth=(profile.peak_bandwidth_gbs, profile.bandwidth_source))
     return gpu.make(profile, target) if profile.gpu else target
 
 

@@ -14,7 +14,8 @@ CHECKED = {"neon": "neon", "dotprod": "dotprod", "fullfp16": "fp16", "i8mm": "i8
 
 
 def make(profile: Profile) -> Target:
-    llvm = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": cpu_of(profile)}
+    android = profile.triple.endswith("android")  # there x18 is the system's
+    llvm = {"kind": "llvm", "mtriple": f"aarch64-linux-{'android' if android else 'gnu'}", "mcpu": cpu_of(profile)}
     present = llvm_features(llvm)
     return Target(
         name=profile.name,
