@@ -125,14 +125,33 @@ def _import(graph: Graph, nodes: list[Node], outputs: list[str]) -> tuple[IRModu
 
 @relax.expr_functor.mutator
 class _Clipping(relax.PyExprMutator):
-    """Gather reads what lies nearest where an index is out of range; the importer's choice reads any memory."""
+    """Computed indices stay within their tensor: they read or write what lies nearest. The importer's choice is any
+    memory, which a file of somebody else's must never reach."""
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
-        if getattr(call.op, "name", "") != "relax.take" or str(call.attrs.mode) != "fast":
+        name = getattr(call.op, "name", "")
+        if name == "relax.take" and str(call.attrs.mode) == "fast":
+            axis = None if call.attrs.axis is None else int(call.attrs.axis)
+            return relax.op.take(*call.args, axis=axis, mode="clip")
+        if name in ("relax.gather_elements", "relax.scatter_elements"):
+            axis = int(call.attrs.axis)
+            sizes = np.asarray(_shape(call.args[0])[axis])
+        elif name in ("relax.gather_nd", "relax.scatter_nd"):
+            first = int(call.attrs.batch_dims) if name == "relax.gather_nd" else 0
+            sizes = np.asarray(_shape(call.args[0])[first : first + _shape(call.args[1])[-1]])
+        else:
             return call
-        axis = None if call.attrs.axis is None else int(call.attrs.axis)
-        return relax.op.take(*call.args, axis=axis, mode="clip")
+        data, index, *rest = call.args
+        dtype = str(index.ty.dtype)
+        n, last, zero = (relax.const(bound.astype(dtype), dtype) for bound in (sizes, sizes - 1, 0 * sizes))
+        index = self.builder_.emit(relax.op.where(relax.op.less(index, zero), relax.op.add(index, n), index))
+        clipped = self.builder_.emit(relax.op.minimum(relax.op.maximum(index, zero), last))
+        return relax.Call(call.op, [data, clipped, *rest], call.attrs, call.ty_args)
+
+
+def _shape(expr: Any) -> tuple[int, ...]:
+    return tuple(int(d) for d in expr.ty.shape)
 
 
 def _in_bounds(module: IRModule) -> IRModule:
@@ -303,7 +322,7 @@ def _spatial(sch: Any, block: Any) -> bool:
 def raw_pointers(
     func: PrimFunc, name: str, lower_passes: Callable[[IRModule], IRModule]
 ) -> tuple[PrimFunc, list[Any], Any]:
-    """Lower a scheduled PrimFunc of buffers; returns it, pointers in the place of its parameters, and the body of them."""
+    """Lower a scheduled PrimFunc of buffers; returns it, pointers in place of its parameters, and the body of them."""
     offsets = [p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tvm.ir.Var)]
     func = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     (func,) = lower_passes(IRModule({name: func})).functions.values()

@@ -153,3 +153,26 @@ def test_constants_of_one_name_in_two_graphs_are_two_tensors() -> None:
         (call,) = program.calls
         offsets.append(call.args[1].value.storage)
     assert offsets[0] is not offsets[1] and offsets[0] is offsets[2]
+
+
+@pytest.mark.parametrize("op", ["GatherElements", "GatherND", "ScatterElements", "ScatterND"])
+def test_indices_far_outside_reach_nothing_beside_their_tensor(op: str, tmp_path: Path) -> None:
+    """They read or write what lies nearest; without that this test ends in a segmentation fault."""
+    nd, writes = op.endswith("ND"), op.startswith("Scatter")
+    b = Builder()
+    index, written = b.op("Mul", "i", b.const(1)), [b.op("Mul", "u", b.const(1, "float32"))] if writes else []
+    if nd:  # five pairs (0, row), each naming a row of ten
+        index = b.op("Reshape", index, b.const([5, 2]))
+        written = [b.op("Reshape", written[0], b.const([5, 10]))] if writes else []
+    b.op(op, "x", index, *written, out="y", **({} if nd else {"axis": 1}))
+    inputs = [port("x", [1, 3, 10]), port("i", [1, 1, 10], "int64")]
+    inputs += [port("u", [5, 10] if nd else [1, 1, 10])] if writes else []
+    shape = [1, 3, 10] if writes else [5, 10] if nd else [1, 1, 10]
+    step = Machine(tmp_path, {"far": model_of(b.nodes, inputs, [port("y", shape)], b.weights)}).step("far")
+    x = np.arange(30, dtype=np.float32).reshape(1, 3, 10)
+    updates = {"u": np.full((5, 10) if nd else (1, 1, 10), 99, np.float32)} if writes else {}
+    for far, row in ((10**12, 2), (-(10**12), 0)):
+        found = step(x=x, i=np.full((1, 1, 10), far), **updates)["y"]
+        wanted = x.copy()
+        wanted[0, row] = 99
+        assert np.array_equal(found, wanted if writes else np.broadcast_to(x[0, row], shape)), far
