@@ -19,6 +19,14 @@ static const char *const es_i_cl_libraries[] = {
     "libOpenCL-pixel.so",
 };
 
+#define ES_CL_NAME(result, name, arguments) "cl" #name "\0"
+static const char es_i_cl_names[] = ES_CL_FUNCTIONS(ES_CL_NAME);
+#undef ES_CL_NAME
+
+#define ES_CL_COUNT(result, name, arguments) +1
+ES_ASSERT_SIZE(es_i_cl_api, (0 ES_CL_FUNCTIONS(ES_CL_COUNT)) * sizeof(void *));
+#undef ES_CL_COUNT
+
 es_status es_i_cl_driver_open(es_i_cl_api *cl, es_error *why)
 {
     const char *chosen = getenv("EDGESEQ_OPENCL_LIBRARY");
@@ -35,14 +43,13 @@ es_status es_i_cl_driver_open(es_i_cl_api *cl, es_error *why)
     *(void **)(void *)&find = dlsym(library, "loadOpenCLPointer");
     if (enable != NULL && find != NULL)
         enable();
-    void *address;
-#define ES_CL_LOAD(result, name, arguments)                                                                            \
-    address = enable != NULL && find != NULL ? find("cl" #name) : dlsym(library, "cl" #name);                          \
-    if (address == NULL)                                                                                               \
-        return es_i_fail(why, ES_E_DEVICE_OLD, "the OpenCL driver is too old: it lacks cl" #name);                     \
-    memcpy(&cl->name, &address, sizeof address);
-    ES_CL_FUNCTIONS(ES_CL_LOAD)
-#undef ES_CL_LOAD
+    unsigned char *place = (unsigned char *)cl; /* a pointer per name, in order */
+    for (const char *name = es_i_cl_names; *name != '\0'; name += strlen(name) + 1, place += sizeof(void *)) {
+        void *address = enable != NULL && find != NULL ? find(name) : dlsym(library, name);
+        if (address == NULL)
+            return es_i_fail(why, ES_E_DEVICE_OLD, "the OpenCL driver is too old: it lacks %s", name);
+        memcpy(place, &address, sizeof address);
+    }
     return ES_OK;
 }
 
