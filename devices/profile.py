@@ -174,6 +174,8 @@ class _Parser:
             half=sub._flag("half"),
             memory_gb=float(sub._at_least("memory_gb", (int, float), 0)),
         )
+        if gpu.subgroup & (gpu.subgroup - 1):
+            raise DeviceError(f"{self.path}: [gpu] subgroup is {gpu.subgroup}, which is not a power of two")
         if table:
             raise DeviceError(
                 f"{self.path}: [gpu] has the unknown key {min(table)!r}", "docs/adding-a-device.md lists the keys"

@@ -89,7 +89,7 @@ class Library:
 class DeviceLibrary:
     """The same for GPU kernels, on the first OpenCL device there is; blocks run in the device's order."""
 
-    def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]]) -> None:
+    def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str = "opencl") -> None:
         cl = pytest.importorskip("pyopencl", reason="pyopencl is not installed")
         try:
             device = cl.get_platforms()[0].get_devices()[0]
@@ -97,7 +97,7 @@ class DeviceLibrary:
             pytest.skip("there is no OpenCL device")
         self.cl, self.context = cl, cl.Context([device])
         self.queue = cl.CommandQueue(self.context)
-        self.kernels = GpuKernelSet(resolve("opencl"))
+        self.kernels = GpuKernelSet(resolve(target))
         for ref, n_args in refs:
             self.kernels.add(ref, n_args)
         program = cl.Program(self.context, self.kernels.source()).build()

@@ -47,6 +47,7 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         (GOOD.replace("cortex-a55", "cortex a55; rm"), "does not look like one"),
         (GOOD.replace("aarch64-linux-gnu", "../x"), "does not look like one"),
         (GOOD + "[transport]\nport = 1\n", "needs a 'kind'"),
+        (GOOD + '[gpu]\nbackend = "opencl"\nsubgroup = 48\n', "subgroup is 48, which is not a power of two"),
         ("description = ", "is not TOML"),
         (GOOD + "# " + "x" * 70_000, "larger than any device profile"),
     ],

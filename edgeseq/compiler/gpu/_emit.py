@@ -13,7 +13,6 @@ from ..tvm_api import IRBuilder, PrimFunc, T, tirx
 
 Expr = Any
 Buffer = Any
-WARP = 32
 
 
 class Kernel:
@@ -38,7 +37,7 @@ def kernel(
 
     early: the body calls `await_inputs` itself, after it has asked for weights, which nothing before it writes.
     """
-    k = Kernel(threads, gpu.subgroup if gpu.backend == "cuda" and threads % WARP == 0 else 0)
+    k = Kernel(threads, gpu.subgroup if gpu.subgroup and threads % gpu.subgroup == 0 else 0)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
@@ -159,8 +158,8 @@ def maximum(a: Expr, b: Expr) -> Expr:
 
 
 def shuffle(value: Expr, mask: int) -> Expr:
-    """The value of the thread whose number in the warp differs by `mask`."""
-    return T.call_pure_extern(str(value.ty.dtype), "es_shuffle", value, T.int32(mask))
+    """The float32 of the thread whose number in the warp differs by `mask`; every thread of the block comes here."""
+    return T.call_pure_extern("float32", "es_shuffle", value, T.int32(mask))
 
 
 def reduce_within(k: Kernel, value: Expr, width: int, op: Callable[[Expr, Expr], Expr], scratch: Buffer) -> Expr:

@@ -54,7 +54,7 @@ class GpuKernelSet(KernelSet):
 
     def source(self) -> str:
         """The program text."""
-        return program(list(self.funcs.values()), self.gpu.backend, self.target)
+        return program(list(self.funcs.values()), self.block_threads, self.gpu, self.target)
 
     def code(self) -> bytes:
         """What the plan carries: source text for OpenCL, an archive of images for CUDA."""

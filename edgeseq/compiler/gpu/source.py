@@ -1,11 +1,15 @@
 """GPU kernels to program text: TVM's code for each kernel behind a preamble of the few functions that differ.
 
 OpenCL: every pointer becomes a buffer and a byte offset, so that arguments may begin anywhere in a block of memory.
+Half precision is for storage alone: a product in halves would be converted before it is added in float32, so it saves
+nothing over converting the weight and one fused multiply-add, and would lose digits.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ..tvm_api import IRModule, PrimFunc, TvmTarget, get_global_func
 
@@ -21,21 +25,67 @@ OPENCL = (
     + """\
 #define nearbyintf rint
 #define es_sync_memory() barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
+inline int es_dp4a(int a, int b, int c)
+{
+#if defined(__opencl_c_integer_dot_product_input_4x8bit_packed)
+    return c + dot_4x8packed_ss_int(as_uint(a), as_uint(b));
+#elif defined(cl_arm_integer_dot_product_int8)
+    return c + arm_dot(as_char4(a), as_char4(b));
+#else
+    char4 x = as_char4(a), y = as_char4(b);
+    return c + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+#endif
+}
+inline int es_rint(float x) { return convert_int_rte(x); }
+#define es_await()
+"""
+)
+
+_HALF_BY_INTEGERS = """\
 inline float es_half(uint h)
 { /* exact for every finite number and infinity; a device that flushes denormals loses those below 2^-14 */
     uint rest = (h & 0x7fffu) << 13;
     float f = as_float(rest) * as_float(0x77800000u); /* 2^112 */
     return as_float(as_uint(rest >= 0x0f800000u ? as_float(rest | 0x7f800000u) : f) | (h & 0x8000u) << 16);
 }
-inline int es_dp4a(int a, int b, int c)
-{
-    char4 x = as_char4(a), y = as_char4(b);
-    return c + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-}
-inline int es_rint(float x) { return convert_int_rte(x); }
-#define es_await()
 """
-)
+
+_HALF = f"""\
+#ifdef cl_khr_fp16
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+inline float es_half(uint h) {{ return (float)as_half((ushort)h); }}
+#else
+{_HALF_BY_INTEGERS}#endif
+"""
+
+_SHUFFLE = """\
+#if defined(cl_khr_subgroup_shuffle) && (defined(cl_khr_subgroups) || defined(__opencl_c_subgroups))
+#define ES_SUBGROUPS
+#ifdef cl_khr_subgroups
+#pragma OPENCL EXTENSION cl_khr_subgroups : enable
+#endif
+#pragma OPENCL EXTENSION cl_khr_subgroup_shuffle : enable
+#endif
+#if defined(cl_qcom_reqd_sub_group_size) && ES_SUBGROUP == 64
+#pragma OPENCL EXTENSION cl_qcom_reqd_sub_group_size : enable
+#define ES_LOCKSTEP __attribute__((qcom_reqd_sub_group_size("half")))
+#else
+#define ES_LOCKSTEP
+#endif
+inline uint es_exchange(__local uint* lanes, uint x, uint mask)
+{ /* of the work-item whose number differs by mask < ES_SUBGROUP; all of the work-group come here */
+#ifdef ES_SUBGROUPS
+    if (get_max_sub_group_size() % ES_SUBGROUP == 0) /* alike for all of them */
+        return sub_group_shuffle_xor(x, mask);
+#endif
+    uint i = get_local_id(0);
+    barrier(CLK_LOCAL_MEM_FENCE);
+    lanes[i] = x;
+    barrier(CLK_LOCAL_MEM_FENCE);
+    return lanes[i ^ mask];
+}
+#define es_shuffle(x, mask) as_float(es_exchange(es_lanes, as_uint(x), mask))
+"""
 
 CUDA = """\
 typedef unsigned int uint;
@@ -70,18 +120,26 @@ static __device__ __forceinline__ void es_await(void)
 #endif
 }
 static __device__ __forceinline__ float es_shuffle(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-static __device__ __forceinline__ int es_shuffle(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 """
 
 
-def program(funcs: list[PrimFunc], backend: str, target: TvmTarget) -> str:
-    """One program text with every kernel of `funcs` (lowered) as an entry of its name."""
-    build = get_global_func(f"target.build.{backend}")
-    parts = [OPENCL if backend == "opencl" else CUDA]
+def preamble(gpu: Any) -> str:
+    """What stands before the kernels. gpu: see devices.profile.Gpu; OpenCL text goes by its `half` and `subgroup`, and
+    each of these has a way of its own on a device that lacks the extension."""
+    if gpu.backend == "cuda":
+        return CUDA
+    shuffle = f"#define ES_SUBGROUP {gpu.subgroup}\n{_SHUFFLE}" if gpu.subgroup else ""
+    return OPENCL + (_HALF if gpu.half else _HALF_BY_INTEGERS) + shuffle
+
+
+def program(funcs: list[PrimFunc], threads: Mapping[str, int], gpu: Any, target: TvmTarget) -> str:
+    """One program text with every kernel of `funcs` (lowered) as an entry of its name; threads: of its blocks."""
+    build = get_global_func(f"target.build.{gpu.backend}")
+    parts = [preamble(gpu)]
     for func in funcs:
         name = str(func.attrs["global_symbol"])
         text = str(build(IRModule({name: func}), target).inspect_source())
-        parts.append(_opencl(text, name) if backend == "opencl" else _cuda(text))
+        parts.append(_opencl(text, name, threads[name]) if gpu.backend == "opencl" else _cuda(text))
     return "\n".join(parts)
 
 
@@ -94,7 +152,7 @@ def _cuda(text: str) -> str:
     return _without_declaration(text[start:]).replace(" __restrict__", "")
 
 
-def _opencl(text: str, name: str) -> str:
+def _opencl(text: str, name: str, threads: int) -> str:
     text = _without_declaration(text[text.index(f"__kernel void {name}(") :])
     head, _, body = text.partition("{\n")
     params = re.search(r"\((.*)\)", head, re.S)
@@ -105,7 +163,10 @@ def _opencl(text: str, name: str) -> str:
         types.append((declared, own))
     pairs = ", ".join(f"__global char* {n}_p, ulong {n}_o" for _, n in types)
     opened = "".join(f"  {t} {n} = ({t.replace(' restrict', '')})({n}_p + {n}_o);\n" for t, n in types)
-    return f"__kernel void {name}({pairs}) {{\n{opened}{body}"
+    size = f"__attribute__((reqd_work_group_size({threads}, 1, 1)))"
+    if "es_shuffle(" in body:
+        size, opened = f"ES_LOCKSTEP {size}", f"  __local uint es_lanes[{threads}];\n{opened}"
+    return f"{size}\n__kernel void {name}({pairs}) {{\n{opened}{body}"
 
 
 def _without_declaration(text: str) -> str:

@@ -36,7 +36,11 @@ es_status es_i_cl_build(const es_i_cl_device *device, const char *source, size_t
     *program = device->cl.CreateProgramWithSource(device->context, 1, &source, &bytes, &code);
     if (*program == NULL)
         return es_i_cl_fail(why, code, 1, "the kernels' source is not taken");
-    code = device->cl.BuildProgram(*program, 1, &device->id, "", NULL, NULL);
+    /* without an option some drivers compile OpenCL C 1.2, which lacks features that the source asks for */
+    int newer = strncmp(device->version, "OpenCL 3", 8) == 0;
+    code = device->cl.BuildProgram(*program, 1, &device->id, newer ? "-cl-std=CL3.0" : "", NULL, NULL);
+    if (code != 0 && newer)
+        code = device->cl.BuildProgram(*program, 1, &device->id, "", NULL, NULL);
     if (code == 0)
         return ES_OK;
     es_i_cl_log(device, *program, line, sizeof line);
