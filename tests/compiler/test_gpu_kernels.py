@@ -106,14 +106,14 @@ SOME: list[tuple[Callable[..., None], Any]] = [
     (test_long_conv.test_kernel_equals_its_definition_at_any_position, test_long_conv.VARIANTS[3]),
     (
         lambda library, p: test_expert_kernels.test_kernel_equals_the_definition(p, True, library),
-        test_expert_kernels.CASES[4],
+        test_expert_kernels.CASES[5],
     ),
 ]
 
 
 @pytest.fixture(scope="module")
 def library() -> DeviceLibrary:
-    experts = test_expert_kernels.CASES[4]
+    experts = test_expert_kernels.CASES[5]
     return DeviceLibrary(refs([*(p for _, p in SOME), ExpertOrder(experts.T * experts.A, experts.E)]))
 
 

@@ -100,7 +100,7 @@ class Experts:
         zero(self.acc, 1)
 
         def slot(s: Expr) -> None:
-            expert = let(T.Cast("int32", k["index"][s]))
+            expert = T.Cast("int32", k["index"][s])  # not in a register, so that all threads visibly agree
             with when(T.And(expert >= 0, expert < p.E)):
                 gates = [let(k["gates"][s])] if p.gates else []
                 self.product(self.acc, let(expert * p.groups + self.own), [s if p.S > 1 else 0], gates)

@@ -13,7 +13,7 @@ from ..kernels.expert_linear_q import ExpertLinearQ
 from ..kernels.linear_q import PAIR_BYTES
 from ..tvm_api import T
 from . import Built
-from ._emit import Buffer, Expr, Kernel, half, kernel, let, local, loop, store, when
+from ._emit import Buffer, Expr, Kernel, blocks_of, half, kernel, let, local, loop, store, when
 from .expert_linear import LINES, ROWS, Experts, grid_of
 from .linear_q import _high, _low, dp4a
 
@@ -60,7 +60,9 @@ def _product(k: Kernel, p: ExpertLinearQ, acc: Buffer, group: Expr, rows: list[E
             a = scale * k["scale"][x]
             store(acc, i, acc[i] + T.Cast("float32", total[0]) * (a * gates[i] if gates else a))
 
-    loop(n // LINES, lambda i: block(let(i * LINES + line)))
-    if n % LINES:
-        with when(line < n % LINES):
-            block(let(n // LINES * LINES + line))
+    def some(i: Expr) -> None:
+        b = let(i * LINES + line)
+        with when(True if n % LINES == 0 else b < n):
+            block(b)
+
+    loop(blocks_of(n, LINES), some)
