@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeseq.errors import SourceError
 from edgeseq.models import transformer
@@ -77,14 +77,12 @@ def cut_offs(scores: Tensor, capacity: float) -> Tensor:
 
 
 class ThresholdMoe(Moe):
-    """The block with that policy; `threshold` [E] is a buffer, trained as a running mean."""
-
-    threshold: Tensor
+    """The block with that policy; `threshold` [E] is kept as a running mean, without a gradient."""
 
     def __init__(self, d_model: int, c: ExpertChoiceConfig) -> None:
         super().__init__(d_model, c.moe())
         self.capacity = c.capacity
-        self.register_buffer("threshold", torch.full((c.n_experts,), 1.0 / c.n_experts))
+        self.threshold = nn.Parameter(torch.full((c.n_experts,), 1.0 / c.n_experts), requires_grad=False)
 
     def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.softmax(self.router(h), -1)
