@@ -59,7 +59,8 @@ def test_every_kernel_compiles_with_and_without_the_extensions(text: str, extens
     source.write_text(text)
     made = _clang(
         "-x", "cl", "-cl-std=CL3.0", "-target", "spir64", "-Xclang", "-finclude-default-header",
-        "-Xclang", f"-cl-ext={EXTENSIONS[extensions]}", "-Werror", "-Wno-ignored-pragmas", "-O1", "-S", "-emit-llvm", "-o", "-", source,
+        "-Xclang", f"-cl-ext={EXTENSIONS[extensions]}", "-Werror", "-Wno-ignored-pragmas",
+        "-O1", "-S", "-emit-llvm", "-o", "-", source,
     )  # fmt: skip
     assert ("fpext half" in made) == (extensions != "none")
     assert ("sub_group_shuffle_xor" in made) == (extensions == "all")

@@ -8,6 +8,7 @@ y is the only thing touched per token and group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from . import Built
 from ._emit import LANES, Expr, kernel, let, load, local, loop, splat, split_blocks, store
@@ -76,7 +77,7 @@ def build(name: str, p: DiagScan) -> Built:
         def block(first: Expr, count: int) -> None:
             strips = [(first + at, min(LANES, count - at)) for at in range(0, count, LANES)]
             for c, lanes in strips:
-                loop(p.T, lambda t, c=c, lanes=lanes: start(c, lanes, t))
+                loop(p.T, partial(start, c, lanes))
 
             def group(at: Expr, size: int) -> None:
                 for c, lanes in strips:  # side by side: a row of the state is read in whole runs of lines
