@@ -40,6 +40,7 @@ class Target:
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
     dot:       the byte product and its tile.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
+    platform:  "android" where code has to keep to its rules; else empty.
     bandwidth: what the device's memory moves by its data sheet, 1e9 bytes per second (0 is unknown), and who says so.
     """
 
@@ -51,6 +52,7 @@ class Target:
     gemm_tile: tuple[int, int]
     dot: Dot
     gpu: Gpu | None = None
+    platform: str = ""
     bandwidth: tuple[float, str] = (0.0, "")
 
     @property
@@ -65,6 +67,8 @@ class Target:
             facts["cpu"] = self.llvm["mcpu"]
         if self.gpu:
             facts["gpu"] = {k: v for k, v in asdict(self.gpu).items() if v}
+        if self.platform:
+            facts["platform"] = self.platform
         if self.bandwidth[0]:
             facts["peak_bandwidth_gbs"], facts["bandwidth_source"] = self.bandwidth
         return facts
@@ -84,7 +88,8 @@ def resolve(name: str) -> Target:
     if arch not in families():
         raise CompileError(f"{name}: no code generator for {arch}", f"known: {', '.join(families())}")
     target: Target = importlib.import_module(f"{__name__}.{arch}").make(profile)
-    target = replace(target, bandwidth=(profile.peak_bandwidth_gbs, profile.bandwidth_source))
+    platform = "android" if profile.triple.endswith("-android") else ""
+    target = replace(target, platform=platform, bandwidth=(profile.peak_bandwidth_gbs, profile.bandwidth_source))
     return gpu.make(profile, target) if profile.gpu else target
 
 

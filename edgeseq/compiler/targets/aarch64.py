@@ -14,8 +14,10 @@ CHECKED = {"neon": "neon", "dotprod": "dotprod", "fullfp16": "fp16", "i8mm": "i8
 
 
 def make(profile: Profile) -> Target:
-    android = profile.triple.endswith("android")  # there x18 is the system's
-    llvm = {"kind": "llvm", "mtriple": f"aarch64-linux-{'android' if android else 'gnu'}", "mcpu": cpu_of(profile)}
+    triple = "aarch64-linux-gnu"
+    if profile.triple.endswith("-android"):
+        triple = "aarch64-unknown-linux-android"  # all four words, or LLVM takes x18, which is the system's there
+    llvm = {"kind": "llvm", "mtriple": triple, "mcpu": cpu_of(profile)}
     present = llvm_features(llvm)
     return Target(
         name=profile.name,
