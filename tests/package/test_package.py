@@ -184,6 +184,20 @@ def test_what_cannot_be_packaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@NO_OPENCL
+@pytest.mark.skipif(_jdk() is None or shutil.which("cmake") is None, reason="there is no JDK, or no cmake")
+def test_cmake_builds_the_android_kit(tmp_path: Path) -> None:
+    """On this machine, so without what the NDK's tool chain file sets: the library, and the program for adb."""
+    kit = package(bundles.bundled("retnet", "opencl"), tmp_path / "kit", "android")
+    _run("cmake", "-B", "build", "-S", "cpp", cwd=kit)
+    _run("cmake", "--build", "build", cwd=kit)
+    assert (kit / "build" / "libedgeseq.so").is_file()
+    words = ["assets/model.edgeseq", "run", "--tokens", _ids(PROMPT), "-n", COUNT]
+    said = json.loads(_run("build/edgeseq-device", *words, cwd=kit))
+    assert said["tokens"] == _said(bundles.bundled("retnet", "opencl"))
+
+
+@pytest.mark.slow
 def test_kernels_for_an_android_cpu_leave_its_register_alone(tmp_path: Path) -> None:
     """x18 is the system's there; the kit takes such kernels, and no others."""
     profile = tmp_path / "phone.toml"
