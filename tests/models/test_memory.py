@@ -211,7 +211,7 @@ def bundled(name: str, target: str) -> Path:
     return out
 
 
-SLOW = ("ntm-2r3w", "dnc-1r")
+SLOW = ("ntm-2r3w", "dnc-1r", "dnc-3r")
 few = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ODD])
 
 
@@ -256,7 +256,7 @@ def test_compiled_and_verified_here(name: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
-@pytest.mark.parametrize("name", ["dnc-3r", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ntm-2r3w", "nsm"))])
+@pytest.mark.parametrize("name", ["nsm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ntm-2r3w", "dnc-3r"))])
 def test_compiled_and_verified_for_aarch64(name: str) -> None:
     report = verify(bundled(name, "raspberry-pi-5"), device="qemu-aarch64")
     assert report.ok, [s for s in report.stages if not s.ok]
