@@ -100,10 +100,8 @@ class DeviceLibrary:
         self.kernels = GpuKernelSet(resolve(target))
         for ref, n_args in refs:
             self.kernels.add(ref, n_args)
-        text = self.kernels.source()
-        if device.platform.name == "Oclgrind":  # its compiler names an extension that it cannot interpret
-            text = "#undef cl_arm_integer_dot_product_int8\n" + text
-        program = cl.Program(self.context, text).build()
+        newest = ["-cl-std=CL3.0"] if device.version.startswith("OpenCL 3") else []  # as the runtime does
+        program = cl.Program(self.context, self.kernels.source()).build(options=newest)
         self.entries = {name: cl.Kernel(program, name) for name in self.kernels.pointers}
 
     def call(

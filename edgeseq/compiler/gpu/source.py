@@ -29,8 +29,6 @@ inline int es_dp4a(int a, int b, int c)
 {
 #if defined(__opencl_c_integer_dot_product_input_4x8bit_packed)
     return c + dot_4x8packed_ss_int(as_uint(a), as_uint(b));
-#elif defined(cl_arm_integer_dot_product_int8)
-    return c + arm_dot(as_char4(a), as_char4(b));
 #else
     char4 x = as_char4(a), y = as_char4(b);
     return c + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
@@ -69,6 +67,8 @@ _SHUFFLE = """\
 #if defined(cl_qcom_reqd_sub_group_size) && ES_SUBGROUP == 64
 #pragma OPENCL EXTENSION cl_qcom_reqd_sub_group_size : enable
 #define ES_LOCKSTEP __attribute__((qcom_reqd_sub_group_size("half")))
+#elif defined(cl_intel_required_subgroup_size) && ES_SUBGROUP <= 32
+#define ES_LOCKSTEP __attribute__((intel_reqd_sub_group_size(ES_SUBGROUP)))
 #else
 #define ES_LOCKSTEP
 #endif
