@@ -205,7 +205,7 @@ def _write(
     quantised: dict[str, Quantised] = {}
     for index, signature in enumerate(signatures):
         request.report("tracing", index, len(signatures))
-        graphs.append(_graph(model, signature, request, quantised))
+        graphs.append(_graph(model, signature, request, quantised, source))
     request.report("tracing", len(signatures), len(signatures))
     layout, constants = _layout(source, graphs, quantised)
     with TemporaryDirectory(prefix="moments-", dir=directory) as work:
@@ -299,13 +299,16 @@ def _write_weights(directory: Path, layout: weights.Layout, read: _Reader, reque
     return weights.write(directory / weights.FILE, layout, read, wrote)
 
 
-def _graph(model: nn.Module, signature: StepSignature, request: Request, quantised: dict[str, Quantised]) -> ir.Model:
+def _graph(
+    model: nn.Module, signature: StepSignature, request: Request, quantised: dict[str, Quantised], source: Source
+) -> ir.Model:
     graph = trace(model, signature, request.flavour)
     tidy(graph, signature)
     if request.quant in BITS:
         quantised |= quantise_graph(graph, BITS[request.quant])
     if request.dtype != "float32":
-        lower.store_as(graph.graph, lower.matrices(graph.graph), request.dtype)
+        kept = source.derived_names()  # the constants of a recurrence: rounding them changes how long it remembers
+        lower.store_as(graph.graph, lower.matrices(graph.graph) - kept, request.dtype)
     return graph
 
 

