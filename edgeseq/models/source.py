@@ -65,6 +65,10 @@ class Source:
         """Names in the model's state_dict (parameters and constants), tied tensors once."""
         raise NotImplementedError
 
+    def derived_names(self) -> set[str]:
+        """Those of the tensors that are computed from others, at export."""
+        return set()
+
     def tensor(self, name: str) -> Array:
         """One tensor; float32, but for constants of integer type. Read-only: it may be a view of a file."""
         raise NotImplementedError
@@ -110,7 +114,6 @@ class FamilySource(Source):
         return tuple(self._shapes)
 
     def derived_names(self) -> set[str]:
-        """Those of the tensors that are computed from others, at export."""
         return set(self._derived)
 
     def tensor(self, name: str) -> Array:
