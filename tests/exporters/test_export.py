@@ -23,9 +23,8 @@ QUICK = [
     ("mamba", "onnx", "fp32"), ("retnet", "onnx", "fp32"), ("transformer", "onnx", "fp32"),
     ("mamba", "ort", "fp32"), ("retnet", "ort", "fp32"), ("mamba", "onnx", "fp16"), ("transformer", "onnx", "bf16"),
 ]  # fmt: skip
-EVERY = [
-    (f, *kind) for f in families() for kind in (("onnx", "fp32"), ("ort", "fp32"), ("ort", "fp16"), ("onnx", "bf16"))
-]
+EVERY = [(f, *kind) for f in families() for kind in (("ort", "fp16"), ("onnx", "bf16"))]
+EVERY += [(f, *kind) for f in CONFIGS for kind in (("onnx", "fp32"), ("ort", "fp32"))]
 KINDS = QUICK + [pytest.param(*kind, marks=pytest.mark.slow) for kind in EVERY if kind not in QUICK]
 
 
