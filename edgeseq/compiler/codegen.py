@@ -65,6 +65,12 @@ class KernelSet:
             name, count = f"{base}_v{count}", count + 1
         return name
 
+    def write_code(self, work: Path, dump: Path | None) -> Path | None:
+        """The object file to link, in `work`; dump: a folder for its assembly."""
+        path = work / "kernels.o"
+        self.write_object(path, dump / "kernels.s" if dump else None)
+        return path
+
     def write_object(self, path: Path, assembly: Path | None = None) -> None:
         lower.emit_object(list(self.funcs.values()), self.target, path, assembly)
 

@@ -52,8 +52,8 @@ def finish(func: PrimFunc) -> PrimFunc:
     return mathlib.expand(lowered).with_attr("global_symbol", name)
 
 
-def lower(func: PrimFunc, target: TvmTarget) -> PrimFunc:
-    """One hand-built PrimFunc through all of it."""
+def lower(func: PrimFunc, target: TvmTarget, finish: Callable[[PrimFunc], PrimFunc] = finish) -> PrimFunc:
+    """One hand-built PrimFunc through all of it; finish: the last stage, which differs by the code generator."""
     name = str(func.attrs["global_symbol"])
     (lowered,) = passes(target)(IRModule({name: func})).functions.values()
     return finish(lowered.with_attr("global_symbol", name))

@@ -144,14 +144,9 @@ def _build(
 ) -> None:
     report("code", 0, 2)
     kernels.write_table(work / "kernel_table.c", plan_id)
-    if isinstance(kernels, GpuKernelSet):  # the code is in the plan
-        if dump:
-            kernels.dump(dump)
-        link(target, None, work / "kernel_table.c", folder)
-        return
-    kernels.write_object(work / "kernels.o", dump / "kernels.s" if dump else None)
+    code = kernels.write_code(work, dump)
     report("code", 1, 2)
-    link(target, work / "kernels.o", work / "kernel_table.c", folder)
+    link(target, code, work / "kernel_table.c", folder)
     report("code", 2, 2)
 
 

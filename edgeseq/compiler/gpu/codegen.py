@@ -11,9 +11,9 @@ from edgeseq.errors import CompileError
 
 from ..codegen import KernelSet
 from ..ir import GenericRef, KernelRef
-from ..lower import passes
+from ..lower import lower, passes
 from ..targets import Target
-from ..tvm_api import IRModule, PrimFunc, TvmTarget, module_pass_sequence, tirx
+from ..tvm_api import IRModule, PrimFunc, module_pass_sequence, tirx
 from . import generic, nvrtc
 from .source import program
 
@@ -46,7 +46,7 @@ class GpuKernelSet(KernelSet):
                 f"the operator {ref.op} has no kernel for GPUs yet", "compile for a CPU target"
             ) from None
         built = module.build(name, ref.params, self.gpu)
-        self.funcs[name] = lower(built.func, self.target)
+        self.funcs[name] = lower(built.func, self.target, finish)
         self.grids[name], self.block_threads[name] = built.grid, built.threads
 
     def threads(self, name: str) -> int:
@@ -70,8 +70,11 @@ class GpuKernelSet(KernelSet):
             for name, n in self.pointers.items()
         )
 
-    def dump(self, folder: Path) -> None:
-        (folder / ("kernels.cl" if self.gpu.backend == "opencl" else "kernels.cu")).write_text(self.source())
+    def write_code(self, work: Path, dump: Path | None) -> Path | None:
+        """Nothing to link: the code is in the plan."""
+        if dump:
+            (dump / ("kernels.cl" if self.gpu.backend == "opencl" else "kernels.cu")).write_text(self.source())
+        return None
 
     def write_table(self, path: Path, plan_id: int) -> None:
         """The CPU library's table is empty: it has the runtime alone."""
@@ -87,10 +90,3 @@ def finish(func: PrimFunc) -> PrimFunc:
     name = str(func.attrs["global_symbol"])
     (lowered,) = module_pass_sequence([tirx.transform.LowerIntrin()])(IRModule({name: func})).functions.values()
     return lowered.with_attr("global_symbol", name)
-
-
-def lower(func: PrimFunc, target: TvmTarget) -> PrimFunc:
-    """One hand-built PrimFunc through all of it."""
-    name = str(func.attrs["global_symbol"])
-    (lowered,) = passes(target)(IRModule({name: func})).functions.values()
-    return finish(lowered.with_attr("global_symbol", name))

@@ -18,14 +18,11 @@ from ..kernels.rms_norm import RmsNorm
 from ..kernels.selective_scan import SelectiveScan
 from .batch import Batch, build_part
 from .joined import MODULES, Joined
-from .linear import FusedLinear
-from .linear import fields_of as _fields
+from .linear import FusedLinear, fields_of
 from .linear_q import INPUTS, FusedLinearQ
 from .selective_scan import FusedScan
 
 MOST_RANK = 256
-
-
 BATCHED = ("rotary", "causal_conv", "copy")  # beside products: kernels without barriers
 REACH = 40  # calls looked at for company
 MOST_PARTS = 8
@@ -52,6 +49,22 @@ def merge(calls: list[Call], gpu: Any) -> None:
 def _readers(calls: list[Call], value: Value) -> list[Call]:
     """Calls that look into the memory of `value`, its writer aside."""
     return [c for c in calls if any(a.value.storage is value.storage and a.access != "w" for a in c.args)]
+
+
+def _writers(calls: list[Call], value: Value) -> list[Call]:
+    """Calls that write into the memory of `value`."""
+    return [c for c in calls if any(a.value.storage is value.storage and a.access != "r" for a in c.args)]
+
+
+def _named(call: Call) -> dict[str, Arg]:
+    """The arguments of a call by the names its kernel has for them."""
+    return dict(zip(call.kernel.params.args, call.args, strict=True))
+
+
+def _become(call: Call, op: str, params: Any, named: dict[str, Arg]) -> None:
+    """Give a call another kernel, and from `named` the arguments that it takes."""
+    call.kernel = KernelRef(op, params)
+    call.args = tuple(named[name] for name in params.args)
 
 
 def _own(value: Value) -> bool:
@@ -84,20 +97,17 @@ def _norm(calls: list[Call], call: Call, p: RmsNorm) -> None:
     if not products or any(isinstance(c.kernel.params, FusedLinear) and c.kernel.params.norm for c in products):
         return
     for product in products:
-        old = product.kernel.params
-        base = _fields(old)
-        fused = FusedLinear(**base | {"norm": True, "norm_weight": p.weight, "eps": p.eps})
-        named = dict(zip(old.args, product.args, strict=True)) | {"x": x}
+        fused = FusedLinear(**fields_of(product.kernel.params) | {"norm": True, "norm_weight": p.weight, "eps": p.eps})
+        named = _named(product) | {"x": x}
         if p.weight:
             named["norm_w"] = call.args[1]
-        product.kernel = KernelRef("linear", fused)
-        product.args = tuple(named[a] for a in fused.args)
+        _become(product, "linear", fused, named)
     calls.remove(call)
 
 
 def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
     dt = _argument(scan, "dt").value
-    writers = [c for c in calls if any(a.value.storage is dt.storage and a.access != "r" for a in c.args)]
+    writers = _writers(calls, dt)
     if not _own(dt) or len(writers) != 1 or _readers(calls, dt) != [scan]:
         return
     (product,) = writers
@@ -106,11 +116,9 @@ def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
         return
     if q.wdtype not in ("float32", "float16", "bfloat16"):
         return
-    fused = FusedScan(**_fields(p), dt_rank=q.K, dt_wdtype=q.wdtype)
-    named = dict(zip(p.args, scan.args, strict=True))
-    named |= {"dt_r": _argument(product, "x"), "dt_w": _argument(product, "w")}
-    scan.kernel = KernelRef("selective_scan", fused)
-    scan.args = tuple(named[a] for a in fused.args)
+    fused = FusedScan(**fields_of(p), dt_rank=q.K, dt_wdtype=q.wdtype)
+    dt_from = {"dt_r": _argument(product, "x"), "dt_w": _argument(product, "w")}
+    _become(scan, "selective_scan", fused, _named(scan) | dt_from)
     calls.remove(product)
 
 
@@ -118,7 +126,7 @@ def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
     x = _argument(conv, "x").value
     if p.T != 1 or p.quant is not None or not _own(x):
         return
-    writers = [c for c in calls if any(a.value.storage is x.storage and a.access != "r" for a in c.args)]
+    writers = _writers(calls, x)
     product = writers[0] if len(writers) == 1 else None
     q = product.kernel.params if product is not None and isinstance(product.kernel, KernelRef) else None
     if product is None or not isinstance(q, Linear) or q.T != 1 or q.residual or q.act != "none":
@@ -134,22 +142,14 @@ def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
     if any(a.value.storage is state for c in between for a in c.args):
         return
     fused = FusedLinear(
-        **_fields(q) | {"conv": p.k, "conv_at": at, "conv_C": p.C, "conv_bias": p.bias, "conv_silu": p.silu}
+        **fields_of(q) | {"conv": p.k, "conv_at": at, "conv_C": p.C, "conv_bias": p.bias, "conv_silu": p.silu}
     )
-    mine = dict(zip(p.args, conv.args, strict=True))
-    named = dict(zip(q.args, product.args, strict=True))
-    named |= {"conv_w": mine["w"], "past": mine["past"], "yc": mine["y"]}
+    mine = _named(conv)
+    named = _named(product) | {"conv_w": mine["w"], "past": mine["past"], "yc": mine["y"]}
     if p.bias:
         named["conv_b"] = mine["bias"]
-    product.kernel = KernelRef("linear", fused)
-    product.args = tuple(named[a] for a in fused.args)
-    product.traffic = _traffic(product, conv)
+    _become(product, "linear", fused, named)
     calls.remove(conv)
-
-
-def _traffic(product: Call, conv: Call) -> dict[str, int]:
-    """Bytes stated for either of two calls that became one."""
-    return {k: product.traffic.get(k, 0) + conv.traffic.get(k, 0) for k in {*product.traffic, *conv.traffic}}
 
 
 def _glu(calls: list[Call], call: Call, p: Glu) -> None:
@@ -165,20 +165,17 @@ def _glu(calls: list[Call], call: Call, p: Glu) -> None:
         return
     if any(_readers(calls, v) != [call] for v in (g, u)) or _inputs(first) != _inputs(second):
         return
-    named = dict(zip(first.kernel.params.args, first.args, strict=True))
-    other = dict(zip(second.kernel.params.args, second.args, strict=True))
-    named |= {"wu": other["w"]} | ({"wus": other["ws"]} if isinstance(a, LinearQ) else {})
+    named, other = _named(first), _named(second)
     if isinstance(a, LinearQ):
+        named |= {"wu": other["w"], "wus": other["ws"]}
         named |= {new: named[old] for new, old in zip(INPUTS, OUTPUTS, strict=True)}
-    named |= dict(zip(p.args, call.args, strict=True))
-    if isinstance(a, LinearQ):
-        fused: Any = FusedLinearQ(**_fields(a) | {"glu": True, "quant": p.quant})
+        fused: Any = FusedLinearQ(**fields_of(a) | {"glu": True, "quant": p.quant})
     elif p.quant is None:
-        fused = FusedLinear(**_fields(a) | {"glu": True})
+        named["wu"] = other["w"]
+        fused = FusedLinear(**fields_of(a) | {"glu": True})
     else:
         return
-    call.kernel = KernelRef("linear_q" if isinstance(a, LinearQ) else "linear", fused)
-    call.args = tuple(named[n] for n in fused.args)
+    _become(call, first.kernel.op, fused, named | _named(call))
     call.traffic = {k: first.traffic.get(k, 0) + second.traffic.get(k, 0) for k in first.traffic}
     calls.remove(first)
     calls.remove(second)
@@ -186,7 +183,7 @@ def _glu(calls: list[Call], call: Call, p: Glu) -> None:
 
 def _sole_writer(calls: list[Call], value: Value) -> Call | None:
     """The product that writes `value` from its first element on, and nothing else into its memory."""
-    writers = [c for c in calls if any(a.value.storage is value.storage and a.access != "r" for a in c.args)]
+    writers = _writers(calls, value)
     if len(writers) != 1 or not isinstance(writers[0].kernel, KernelRef):
         return None
     p = writers[0].kernel.params
@@ -206,7 +203,7 @@ def _base(p: Any) -> Any:
 
 def _inputs(call: Call) -> list[tuple[Any, int]]:
     """What a product reads beside its weights and writes nowhere, as places in memory."""
-    named = zip(call.kernel.params.args, call.args, strict=True)
+    named = _named(call).items()
     return [(a.value.storage, a.value.offset) for n, a in named if n not in ("w", "ws", "bias", "residual", "y")]
 
 
