@@ -23,10 +23,11 @@ from edgeseq.bundle.reader import BundleFile
 from edgeseq.models import families
 from edgeseq.models.source import FamilySource, random_source
 from edgeseq.models.twin import family_of_config
-from edgeseq.runtime import Model, Session
+from edgeseq.runtime import Model
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
 from tests.models.hybrid_shapes import HYBRIDS
+from tests.sessions import moved
 
 CONTEXT = 48
 BOTH = ("falcon-h1-odd", "samba-odd")  # a cache and a state in every layer; a ring and states that never grow
@@ -106,24 +107,6 @@ def opened(
     tokens = np.random.default_rng(1).integers(0, made.source.config.vocab_size, CONTEXT).tolist()
     with edgeseq.load(made.bundle, threads=2, poison=True) as model:
         yield made, model, tokens, made.logits(tokens)
-
-
-def moved(session: Session, how: str) -> Session:
-    """The same stream in another session: through bytes, by a fork whose origin goes astray, or reloaded."""
-    if how == "save":
-        other = session.model.session()
-        other.prefill([1, 2, 3])
-        other.load(session.save())
-        return other
-    if how == "fork":
-        other = session.fork()
-        session.step(0)
-        return other
-    if how == "reload":
-        state = session.save()
-        session.step(1)
-        session.load(state)
-    return session
 
 
 cuts = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["stay", "save", "fork", "reload"])), min_size=2)

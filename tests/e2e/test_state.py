@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgeseq
-from edgeseq.runtime import Session
+from tests.sessions import moved
 
 from .support import CONTEXT, QEMU, close, done, driver, ids, model
 
@@ -24,24 +24,6 @@ emulated = pytest.mark.skipif(QEMU is None, reason="qemu-user-static is not inst
 def opened(request: pytest.FixtureRequest) -> Iterator[tuple[str, edgeseq.runtime.Model]]:
     with edgeseq.load(model(request.param).host, threads=2, poison=True) as bundle:
         yield request.param, bundle
-
-
-def moved(session: Session, how: str) -> Session:
-    """The same stream in another session: through bytes, by a fork whose origin goes astray, or as it is."""
-    if how == "save":
-        other = session.model.session()
-        other.prefill([1, 2, 3])
-        other.load(session.save())
-        return other
-    if how == "fork":
-        other = session.fork()
-        session.step(0)
-        return other
-    if how == "reload":
-        state = session.save()
-        session.step(1)
-        session.load(state)
-    return session
 
 
 cuts = st.lists(
