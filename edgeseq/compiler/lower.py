@@ -12,7 +12,8 @@ from . import mathlib
 from .tvm_api import IRModule, PrimFunc, TvmTarget, get_global_func, module_pass_sequence, s_tir, tirx
 
 
-def _passes(target: TvmTarget) -> list:
+def _passes(target: TvmTarget, exact: bool) -> list:
+    """exact: what is allocated is what is used, so nothing is to be cut down, which takes most of the time."""
     s, t = s_tir.transform, tirx.transform
     # threads of a GPU pass each other: shared memory that one has read for the last time, another is about to read
     reuse = [t.StorageRewrite()] if str(target.kind) == "llvm" else []
@@ -22,7 +23,7 @@ def _passes(target: TvmTarget) -> list:
         s.LowerInitBlock(),
         s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(),
-        s.CompactBufferAllocation(),
+        *([] if exact else [s.CompactBufferAllocation()]),
         s.LowerMatchBuffer(),
         s.StmtSimplify(),
         s.LowerOpaqueBlock(),
@@ -41,7 +42,7 @@ def _passes(target: TvmTarget) -> list:
 
 def passes(target: TvmTarget) -> Callable[[IRModule], IRModule]:
     """The passes up to, but without, the lowering of intrinsics."""
-    return module_pass_sequence(_passes(target))
+    return module_pass_sequence(_passes(target, exact=False))
 
 
 def finish(func: PrimFunc) -> PrimFunc:
@@ -55,7 +56,8 @@ def finish(func: PrimFunc) -> PrimFunc:
 def lower(func: PrimFunc, target: TvmTarget, finish: Callable[[PrimFunc], PrimFunc] = finish) -> PrimFunc:
     """One hand-built PrimFunc through all of it; finish: the last stage, which differs by the code generator."""
     name = str(func.attrs["global_symbol"])
-    (lowered,) = passes(target)(IRModule({name: func})).functions.values()
+    exact = str(target.kind) == "llvm"
+    (lowered,) = module_pass_sequence(_passes(target, exact))(IRModule({name: func})).functions.values()
     return finish(lowered.with_attr("global_symbol", name))
 
 
