@@ -14,62 +14,82 @@ from torch import Tensor
 SCAN_BLOCK = 16
 
 
-class _ScanBlock(torch.autograd.Function):
-    """S_t = exp(dt_t A) S_{t-1} + B_t (x) (dt_t u_t), y_t = C_t . S_t over one block, time first.
+def _scan_states(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(dt A) and S_t = exp(dt_t A) S_{t-1} + B_t (x) du_t of one block, time first: [T,B,N,D] each.
 
-    u, dt [T,B,D]; A [N,D]; B, C [T,B,N]; past [B,N,D] -> y [T,B,D], S_T [B,N,D].
-    One multiply-add per step on all channels; the states are recomputed in the backward pass.
+    dt, du [T,B,D]; A [N,D]; B [T,B,N]; past [B,N,D]. One multiply-add per step on all channels.
     """
+    decay = torch.exp(dt[:, :, None, :] * A)
+    S = B[..., None] * du[:, :, None, :]
+    previous = past
+    for t in range(S.shape[0]):
+        S[t].addcmul_(decay[t], previous)
+        previous = S[t]
+    return decay, S
 
-    @staticmethod
-    def states(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        decay = torch.exp(dt[:, :, None, :] * A)  # [T,B,N,D]
-        S = B[..., None] * du[:, :, None, :]
-        previous = past
-        for t in range(S.shape[0]):
-            S[t].addcmul_(decay[t], previous)
-            previous = S[t]
-        return decay, S
 
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, past: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        _, S = _ScanBlock.states(dt, dt * u, A, B, past)
-        ctx.save_for_backward(u, dt, A, B, C, past)
-        return (C[:, :, None, :] @ S).squeeze(2), S[-1].clone()
+@torch.library.custom_op("edgeseq::selective_scan_whole", mutates_args=())
+def _selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Time first: u, dt [T,B,D]; A [N,D]; B, C [T,B,N] -> y [T,B,D] and the state before each block [.,B,N,D]."""
+    past, outputs, starts = u.new_zeros(u.shape[1], *A.shape), [], []
+    for ub, dtb, Bb, Cb in zip(*(x.split(block) for x in (u, dt, B, C)), strict=True):
+        _, S = _scan_states(dtb, dtb * ub, A, Bb, past)
+        outputs.append((Cb[:, :, None, :] @ S).squeeze(2))
+        starts.append(past)
+        past = S[-1].clone()
+    return torch.cat(outputs), torch.stack(starts)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        u, dt, A, B, C, past = ctx.saved_tensors
-        grad_y, grad_last = grads[0].contiguous(), grads[1]
-        du = dt * u
-        decay, S = _ScanBlock.states(dt, du, A, B, past)
-        G = C[..., None] * grad_y[:, :, None, :]  # dL/dS_t, completed backwards in time
+
+@_selective_scan.register_fake
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(-(-u.shape[0] // block), u.shape[1], *A.shape)
+
+
+@torch.library.custom_op("edgeseq::selective_scan_whole_gradients", mutates_args=())
+def _selective_scan_gradients(
+    grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C; the states are computed again, block by block from the last."""
+    grad_last, grad_A, rows = torch.zeros_like(starts[0]), torch.zeros_like(A), []
+    blocks = zip(*(x.split(block) for x in (grad_y, u, dt, B, C)), starts, strict=True)
+    for gy, ub, dtb, Bb, Cb, past in reversed(list(blocks)):
+        du = dtb * ub
+        decay, S = _scan_states(dtb, du, A, Bb, past)
+        G = Cb[..., None] * gy[:, :, None, :]  # dL/dS_t, completed backwards in time
         G[-1] += grad_last
         for t in range(G.shape[0] - 1, 0, -1):
             G[t - 1].addcmul_(decay[t], G[t])
-        grad_past = decay[0] * G[0]
-        grad_C = (S @ grad_y[..., None]).squeeze(-1)
-        grad_B = (G @ du[..., None]).squeeze(-1)
-        grad_du = (B[:, :, None, :] @ G).squeeze(2)
+        grad_last = decay[0] * G[0]
+        grad_C, grad_B = (S @ gy[..., None]).squeeze(-1), (G @ du[..., None]).squeeze(-1)
+        grad_du = (Bb[:, :, None, :] @ G).squeeze(2)
         exponent = decay.mul_(G)  # dL/d(dt A) = G_t exp(dt A) S_{t-1}
         exponent[1:].mul_(S[:-1])
         exponent[0].mul_(past)
-        grad_A = (exponent * dt[:, :, None, :]).sum((0, 1))
-        grad_dt = grad_du * u + exponent.mul_(A).sum(2)
-        return grad_du * dt, grad_dt, grad_A, grad_B, grad_C, grad_past
+        grad_A += (exponent * dtb[:, :, None, :]).sum((0, 1))
+        rows.append((grad_du * dtb, grad_du * ub + exponent.mul_(A).sum(2), grad_B, grad_C))
+    grad_u, grad_dt, grad_B, grad_C = (torch.cat(parts[::-1]) for parts in zip(*rows, strict=True))
+    return grad_u, grad_dt, grad_A, grad_B, grad_C
+
+
+_selective_scan_gradients.register_fake(lambda *args: tuple(torch.empty_like(x) for x in args[1:6]))
+
+
+def _scan_backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_selective_scan_gradients(grad_y.contiguous(), *ctx.saved_tensors, ctx.block), None)
+
+
+def _scan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.block = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+_selective_scan.register_autograd(_scan_backward, setup_context=_scan_context)
 
 
 def selective_scan_parallel(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Selective scan of a whole sequence: u, dt (already positive) [B,T,D]; A [N,D]; B, C [B,T,N] -> y [B,T,D]."""
     u, dt, B, C = (x.transpose(0, 1).contiguous() for x in (u, dt, B, C))
-    past = u.new_zeros(u.shape[1], *A.shape)
-    outputs = []
-    for block in zip(*(x.split(SCAN_BLOCK) for x in (u, dt, B, C)), strict=True):
-        y, past = _ScanBlock.apply(block[0], block[1], A, block[2], block[3], past)
-        outputs.append(y)
-    return torch.cat(outputs).transpose(0, 1)
+    return _selective_scan(u, dt, A, B, C, SCAN_BLOCK)[0].transpose(0, 1)
 
 
 def causal_conv_parallel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

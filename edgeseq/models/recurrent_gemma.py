@@ -113,6 +113,16 @@ class RecurrentGemmaConfig:
         return self.pattern[layer % len(self.pattern)] == "attention"
 
 
+def block_product(u: Tensor, blocks: Tensor) -> Tensor:
+    """Each head of u [B,T,D] times its block [H,block,block], a token at a time."""
+    return (u.unflatten(-1, (blocks.shape[0], 1, -1)) @ blocks).flatten(2)
+
+
+def block_product_parallel(u: Tensor, blocks: Tensor) -> Tensor:
+    """`block_product` with one product a head for all tokens."""
+    return (u.unflatten(-1, (blocks.shape[0], -1)).transpose(1, 2) @ blocks).transpose(1, 2).flatten(2)
+
+
 class RgLru(Mixer):
     """The recurrent mixer; parameters as in the module docstring, the gates' blocks [H,block,block] in by out."""
 
@@ -130,11 +140,15 @@ class RgLru(Mixer):
         self.A = nn.Parameter(torch.empty(c.d_lru))
         self.out_proj = nn.Linear(c.d_lru, c.d_model)
 
-    def gates(self, u: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """u [B,T,D], position [B] of the first token -> the recurrence's input and log a, [B,T,D]."""
-        heads = u.unflatten(-1, (self.c.n_heads, 1, self.c.block))  # [B,T,H,1,block]
+    def gates(
+        self, u: Tensor, position: Tensor, product: Callable[[Tensor, Tensor], Tensor] = block_product
+    ) -> tuple[Tensor, Tensor]:
+        """u [B,T,D], position [B] of the first token -> the recurrence's input and log a, [B,T,D].
+
+        `product` of u and blocks [H,block,block]: [B,T,D].
+        """
         i, r = (
-            torch.sigmoid((heads @ w).flatten(2) + b)
+            torch.sigmoid(product(u, w) + b)
             for w, b in ((self.input_gate, self.input_bias), (self.decay_gate, self.decay_bias))
         )
         log_a = r * self.A
@@ -145,7 +159,7 @@ class RgLru(Mixer):
 
     def forward(self, h: Tensor) -> Tensor:
         u = parallel.causal_conv_parallel(self.x_proj(h), self.conv_weight, self.conv_bias)
-        x, log_a = self.gates(u, torch.zeros(1, dtype=torch.int64, device=h.device))
+        x, log_a = self.gates(u, torch.zeros(1, dtype=torch.int64, device=h.device), block_product_parallel)
         return self.out_proj(gated_scan_parallel(x, log_a) * gelu(self.y_proj(h)))
 
     def advance_at(self, h: Tensor, position: Tensor, conv: Tensor, lru: Tensor) -> tuple[Tensor, ...]:

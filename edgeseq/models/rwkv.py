@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from edgeseq.models import functional as ops
 from edgeseq.models.base import Array, SequenceModel, last_logits, normal
+from edgeseq.models.matrix_state import linear_attention_parallel
 from edgeseq.spec import StateSlot
 
 GROUP_EPS = 64e-5  # of the norm over each head's output in versions 5 to 7: 1e-5 times (64/8)^2, whatever N is
 LAST_EPS = 1e-5  # of the last norm, whatever eps the config gives the others
-CHUNK = 8  # tokens of a block of the parallel form: 8 x 8 x d exponentials a block
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -77,28 +77,9 @@ def wkv(r: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor, past: Tensor, hea
 
 
 def wkv_parallel(r: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor, heads: int) -> Tensor:
-    """`wkv` of a whole sequence from a fresh state, by blocks: pairs within a block, the state between blocks."""
-    tokens = r.shape[1]
-    padded = (F.pad(x, (0, 0, 0, -tokens % CHUNK)) for x in (r, k, v, g))
-    # [B,H,blocks,CHUNK,N]
-    rh, kh, vh, gh = (x.unflatten(-1, (heads, -1)).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4) for x in padded)
-    # Sums of decays, each of its own terms: a difference of two cumulative sums would lose small decays behind a large.
-    i = torch.arange(CHUNK, device=r.device)
-    apart = (i[:, None] - i)[:, :, None]  # query i, key j
-    earlier = F.pad(gh[..., :-1, :], (0, 0, 1, 0))  # the decay of the token before
-    between = (earlier[..., :, None, :] * (apart > 1)).cumsum(3)  # of the tokens after j and before i
-    weight = torch.exp(between.masked_fill(apart < 1, -math.inf))
-    scores = torch.einsum("bhcik,bhcjk,bhcijk->bhcij", rh, kh, weight)
-    inner = scores @ vh
-    after = F.pad(gh[..., 1:, :], (0, 0, 0, 1)).flip(3).cumsum(3).flip(3)
-    added = (kh * torch.exp(after)).transpose(-1, -2) @ vh  # what a block leaves in S
-    kept = torch.exp(gh.sum(3))[..., None]
-    queries = rh * torch.exp(earlier.cumsum(3))
-    state, outputs = torch.zeros_like(added[:, :, 0]), []
-    for c in range(rh.shape[2]):
-        outputs.append(inner[:, :, c] + queries[:, :, c] @ state)
-        state = kept[:, :, c] * state + added[:, :, c]
-    o = torch.cat(outputs, 2).transpose(1, 2).flatten(2)[:, :tokens]
+    """`wkv` of a whole sequence from a fresh state: what is written comes one token later, as there."""
+    keys, values, decays = (F.pad(x, (0, 0, 1, -1)) for x in (k, v, g))
+    o = linear_attention_parallel(r, keys, values, heads, decays, None, "gated", heads, heads)
     return o + bonus(r, k, v, u, heads)
 
 

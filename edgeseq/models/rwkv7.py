@@ -82,14 +82,15 @@ def dplr_parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tens
     known = (reads @ keys.transpose(-1, -2)).tril(-1) @ vh
     by_key, by_write = ((queries @ x.transpose(-1, -2)).tril() for x in (keys, writes))
     last = torch.exp(total[..., -1, :])[..., None]
-    state, outputs = torch.zeros_like(keys[:, :, 0].transpose(-1, -2) @ vh[:, :, 0]), []
-    for c in range(qh.shape[2]):
-        u = torch.linalg.solve_triangular(
-            system[:, :, c], known[:, :, c] + reads[:, :, c] @ state, upper=False, unitriangular=True
-        )
-        outputs.append(queries[:, :, c] @ state + by_key[:, :, c] @ vh[:, :, c] + by_write[:, :, c] @ u)
-        added = keys[:, :, c].transpose(-1, -2) @ vh[:, :, c] + writes[:, :, c].transpose(-1, -2) @ u
-        state = last[:, :, c] * (state + added)
+    solved = torch.linalg.solve_triangular(system, torch.cat([known, reads], -1), upper=False, unitriangular=True)
+    written, read = solved.split([vh.shape[-1], qh.shape[-1]], -1)  # u = written + read S
+    inner, added, into = by_key @ vh, keys.transpose(-1, -2) @ vh, writes.transpose(-1, -2)
+    state, outputs = q.new_zeros(*qh.shape[:2], qh.shape[-1], vh.shape[-1]), []
+    blocks = (x.unbind(2) for x in (queries, inner, by_write, written, read, added, into, last))
+    for query, o, from_u, w, reading, adding, writing, kept in zip(*blocks, strict=True):
+        u = w + reading @ state
+        outputs.append(query @ state + o + from_u @ u)
+        state = kept * (state + adding + writing @ u)
     return torch.cat(outputs, 2).transpose(1, 2).flatten(2)[:, :tokens]
 
 

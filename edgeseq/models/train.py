@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from edgeseq.models.base import Family, SequenceModel
 from edgeseq.models.source import ZOO_WEIGHTS, load_weights, seeded_rng
 
 SAMPLE_BYTES = 16384
+MISSING = "missing"
 HALF_FROM = 4096  # tensors with more elements are stored in float16
 
 
@@ -143,34 +145,31 @@ def stored(model: SequenceModel, without: Collection[str] = ()) -> dict[str, Ten
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=list(families()))
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/wordnet"), help="folder of WordNet's data files")
-    parser.add_argument("--out", type=Path, default=ZOO_WEIGHTS)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="a torch device; the shipped weights may come from any")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps)
-    torch.manual_seed(recipe.seed)
+def untrained(out: Path) -> list[str]:
+    """Families without weights in `out`: what an interrupted run has left to do."""
+    return [name for name in families() if not (out / f"tiny-{name}.json").is_file()]
 
-    training, held = corpus.split(corpus.gloss_lines(args.data))
+
+def train_family(name: str, data: Path, out: Path, recipe: Recipe, device: str, compiled: bool) -> dict[str, Any]:
+    """Train `name`, write its two files into `out` and return what the second one says."""
+    torch.manual_seed(recipe.seed)
+    training, held = corpus.split(corpus.gloss_lines(data))
     random.Random(recipe.seed).shuffle(training)
-    chosen = family(args.family)
-    model = fresh_model(chosen, recipe.seed).to(args.device)
+    chosen = family(name)
+    model = fresh_model(chosen, recipe.seed).to(device)
+    for layer in model.layers if compiled else ():
+        layer.compile(dynamic=False)  # one by one: layers of one kind share what is compiled
     seconds = train(model, np.frombuffer(b"".join(training), np.uint8), recipe)
 
     model.cpu().unparametrize()
-    model.eval()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     weights = stored(model, chosen.derived(chosen.tiny))
-    save_file(weights, args.out / f"tiny-{chosen.name}.safetensors")
+    save_file(weights, out / f"tiny-{name}.safetensors")
+    model = chosen.model(chosen.tiny).eval()
     load_weights(model, chosen.completed(chosen.tiny, {n: t.float().numpy() for n, t in weights.items()}))
     text = b"".join(held)
     record = {
-        "family": chosen.name,
+        "family": name,
         "params": chosen.param_count(chosen.tiny),
         "config": asdict(chosen.tiny),
         "recipe": asdict(recipe),
@@ -181,12 +180,32 @@ def main() -> None:
             "sample_bytes": SAMPLE_BYTES,
         },
         "bytes_seen": recipe.steps * recipe.batch * recipe.context,
+        "compiled": compiled,
         "minutes": round(seconds / 60, 1),
         "held_out_bits_per_byte": round(bits_per_byte(model, text, recipe.context), 4),
         "sample_bits_per_byte": round(bits_per_byte(model, text[:SAMPLE_BYTES], recipe.context), 4),
     }
-    (args.out / f"tiny-{chosen.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({k: record[k] for k in ("held_out_bits_per_byte", "sample_bits_per_byte", "minutes")}))
+    (out / f"tiny-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "family", choices=[*families(), MISSING], help=f"`{MISSING}`: each that --out has no weights of"
+    )
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/wordnet"), help="folder of WordNet's data files")
+    parser.add_argument("--out", type=Path, default=ZOO_WEIGHTS)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="a torch device; the shipped weights may come from any")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every layer, which takes a minute or two")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in untrained(args.out) if args.family == MISSING else [args.family]:
+        print(f"zoo:tiny-{name}", flush=True)
+        record = train_family(name, args.data, args.out, Recipe(steps=args.steps), args.device, args.compile)
+        print(json.dumps({k: record[k] for k in ("held_out_bits_per_byte", "sample_bits_per_byte", "minutes")}))
 
 
 if __name__ == "__main__":

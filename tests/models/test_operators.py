@@ -42,6 +42,15 @@ def test_operators_declare_their_shapes(tokens: int) -> None:
         )
 
 
+def test_scans_of_whole_sequences_are_whole_operators() -> None:
+    """Schema, fake tensors and gradients hold when a compiler traces through them: torch.compile takes them as one."""
+    shapes = [(7, 2, 4), (7, 2, 4), (3, 4), (7, 2, 3), (7, 2, 3)]
+    scan = [draw(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    gated = [x.requires_grad_() for x in (draw(2, 7, 4), -draw(2, 7, 4, seed=1).abs(), draw(2, 4, seed=2))]
+    for operator, args in (("selective_scan_whole", (*scan, 3)), ("gated_scan", gated)):
+        torch.library.opcheck(getattr(torch.ops.edgeseq, operator).default, tuple(args))
+
+
 def test_time_step_is_clamped_in_every_form() -> None:
     raw = torch.tensor([-30.0, 0.0, 25.0])
     bounded = ops.time_step(raw, None, True, 1e-3, 10.0)

@@ -12,7 +12,7 @@ import torch
 from edgeseq.errors import UsageError
 from edgeseq.models import corpus, families, family
 from edgeseq.models.source import ZOO_WEIGHTS, open_source, twin_of
-from edgeseq.models.train import Recipe, bits_per_byte, cross_entropy, fresh_model, optimisers, stored
+from edgeseq.models.train import Recipe, bits_per_byte, cross_entropy, fresh_model, optimisers, stored, untrained
 from edgeseq.models.twin import WITHIN
 from edgeseq.verify.tolerances import tolerance
 from tests.models.support import run_cut
@@ -130,6 +130,12 @@ def test_training_learns(name: str) -> None:
     assert loss.item() < 0.7 * first.item()
     model.unparametrize()
     assert set(stored(model)) | set(family(name).constants(family(name).tiny)) == set(model.state_dict())
+
+
+def test_an_interrupted_training_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "tiny-mamba.safetensors").touch()  # no record: its training was cut off
+    (tmp_path / "tiny-gla.json").touch()
+    assert untrained(tmp_path) == [name for name in families() if name != "gla"]
 
 
 def test_held_out_lines_are_never_trained_on() -> None:
