@@ -108,7 +108,12 @@ def _describe(params: object) -> list[str]:
         value = getattr(params, f.name)
         if value is True:
             words.append(f.name.lower())
-        elif isinstance(value, bool | float) or value == f.default or f.name.startswith("ld") or f.name == "tile":
+        elif (
+            isinstance(value, bool | float)
+            or value == f.default
+            or f.name.startswith("ld")
+            or f.name in ("tile", "streams")
+        ):
             continue
         elif f.name == "wdtype" or f.name == "dtype":
             words.append(str(value))

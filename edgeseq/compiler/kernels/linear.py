@@ -13,7 +13,7 @@ from typing import Any
 
 from ..tvm_api import PrimFunc, T
 from . import Built
-from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, store
+from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, split_blocks, store
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Linear:
     """Parameters of one variant. ldx, ldr: floats between consecutive tokens of x and of the residual.
 
     tile: (tokens, row groups) held in registers by the GEMM.
+    streams: row groups that a block of the GEMV reads in turns.
     """
 
     T: int
@@ -33,6 +34,7 @@ class Linear:
     ldr: int = 0
     act: str = "none"
     tile: tuple[int, int] = (12, 2)
+    streams: int = 1
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -44,7 +46,6 @@ GEMV_UNROLL = 8
 
 def build(name: str, p: Linear) -> Built:
     groups = -(-p.M // LANES)
-    rows = 1 if p.T == 1 or groups % p.tile[1] else p.tile[1]
     sizes = {
         "x": ("float32", (p.T - 1) * p.ldx + p.K),
         "w": (_storage(p.wdtype), groups * p.K * LANES),
@@ -53,11 +54,9 @@ def build(name: str, p: Linear) -> Built:
         "y": ("float32", p.T * p.M),
     }
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
-        if p.T == 1:
-            _gemv(k, p, groups)
-        else:
-            _gemm(k, p, groups, rows)
-    return Built(k.func, groups // rows)
+        form = _gemv if p.T == 1 else _gemm
+        grid = split_rows(k, groups, p, lambda first, rows: form(k, p, groups, first, rows))
+    return Built(k.func, grid)
 
 
 def _storage(dtype: str) -> str:
@@ -74,31 +73,52 @@ def _weights(w: Buffer, offset: Expr, dtype: str) -> Expr:
     return raw
 
 
-def _gemv(k: Kernel, p: Linear, groups: int) -> None:
-    """One block = 16 rows; independent accumulators hide the latency of the multiply-add."""
-    unroll = GEMV_UNROLL if p.K >= GEMV_UNROLL else 1
-    acc = local(unroll * LANES)
-    for u in range(unroll):
-        store(acc, u * LANES, splat(0.0))
-    base = let(k.block * (p.K * LANES))
+def split_rows(k: Kernel, groups: int, p: Any, body: Callable[[Expr, int], None]) -> int:
+    """Emit `body(first_group, count)`: p.streams groups of rows a block of a GEMV, p.tile[1] of a GEMM. -> the grid.
 
-    def term(i: Expr, u: int) -> None:
-        product = _weights(k["w"], base + i * LANES, p.wdtype) * splat(k["x"][i])
-        store(acc, u * LANES, load(acc, u * LANES) + product)
+    A GEMV keeps at least six blocks for the threads to share.
+    """
+    most = min(p.streams, max(1, groups // 6)) if p.T == 1 else p.tile[1]
+    return split_blocks(k.block, groups, most, body)
+
+
+def _gemv(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
+    """One block = `rows` groups of 16 rows, each a stream; independent accumulators hide the multiply-add's latency."""
+    unroll = GEMV_UNROLL if p.K >= GEMV_UNROLL else 1
+    chains = max(1, unroll // rows)
+    acc = local(rows * chains * LANES)
+    for i in range(rows * chains):
+        store(acc, i * LANES, splat(0.0))
+    bases = [let((first + r) * (p.K * LANES)) for r in range(rows)]
+
+    def term(i: Expr, r: int, chain: int) -> None:
+        product = _weights(k["w"], bases[r] + i * LANES, p.wdtype) * splat(k["x"][i])
+        at = (r * chains + chain) * LANES
+        store(acc, at, load(acc, at) + product)
 
     with T.serial(p.K // unroll) as step:
-        for u in range(unroll):
-            term(step * unroll + u, u)
+        for r in range(rows):
+            for u in range(unroll):
+                term(step * unroll + u, r, u % chains)
     for i in range(p.K // unroll * unroll, p.K):
-        term(i, 0)
-    while unroll > 1:
-        unroll //= 2
-        for u in range(unroll):
-            store(acc, u * LANES, load(acc, u * LANES) + load(acc, (u + unroll) * LANES))
-    guard_tail(k.block, groups, p.M, lambda lanes: epilogue(k, p, acc, 0, 0, k.block * LANES, lanes))
+        for r in range(rows):
+            term(i, r, 0)
+    for r in range(rows):
+        _fold(acc, r * chains, chains)
+        guard_tail(first + r, groups, p.M, _finish(k, p, acc, r * chains * LANES, 0, first + r))
 
 
-def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
+def _fold(acc: Buffer, first: int, chains: int) -> None:
+    """The sum of `chains` vectors, a power of two or not, into the first."""
+    while chains > 1:
+        half = chains // 2
+        for u in range(half):
+            at = (first + u) * LANES
+            store(acc, at, load(acc, at) + load(acc, at + (chains - half) * LANES))
+        chains -= half
+
+
+def _gemm(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
     """One block = `rows` groups of 16 rows for all tokens, in tiles of tokens."""
     step = -(-p.T // -(-p.T // p.tile[0]))
     acc = local(step * rows * LANES)
@@ -107,7 +127,7 @@ def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
         for i in range(tokens * rows):
             store(acc, i * LANES, splat(0.0))
         with T.serial(p.K) as i:
-            w = [let(_weights(k["w"], ((k.block * rows + r) * p.K + i) * LANES, p.wdtype)) for r in range(rows)]
+            w = [let(_weights(k["w"], ((first + r) * p.K + i) * LANES, p.wdtype)) for r in range(rows)]
             for t in range(tokens):
                 x = let(splat(k["x"][(t0 + t) * p.ldx + i]))
                 for r in range(rows):
@@ -115,9 +135,8 @@ def _gemm(k: Kernel, p: Linear, groups: int, rows: int) -> None:
                     store(acc, at, load(acc, at) + w[r] * x)
         for t in range(tokens):
             for r in range(rows):
-                group = k.block * rows + r
                 at = (t * rows + r) * LANES
-                guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
+                guard_tail(first + r, groups, p.M, _finish(k, p, acc, at, t0 + t, first + r))
 
 
 def _finish(k: Kernel, p: Linear, acc: Buffer, at: int, t: int, group: Expr) -> Callable[[int], None]:

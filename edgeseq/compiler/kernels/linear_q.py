@@ -17,7 +17,7 @@ from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, splat, store
 from ._quantise import BLOCK, blocks
-from .linear import epilogue, guard_tail
+from .linear import epilogue, guard_tail, split_rows
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 GROUPS_OF_4 = BLOCK // 4
@@ -27,7 +27,7 @@ GROUPS_OF_4 = BLOCK // 4
 class LinearQ:
     """isa: "vnni" (x86 u8 x s8, 64 bytes), "dotprod" (ARM s8 x s8, 16 bytes) or "plain" (any CPU).
 
-    signed: 8-bit weights are stored as s8 (ARM), so no zero point is left. tile: (tokens, row groups) of the GEMM.
+    tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns.
     """
 
     T: int
@@ -40,6 +40,7 @@ class LinearQ:
     ldr: int = 0
     act: str = "none"
     tile: tuple[int, int] = (8, 2)
+    streams: int = 1
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -49,7 +50,6 @@ class LinearQ:
 
 def build(name: str, p: LinearQ) -> Built:
     groups, n = -(-p.M // LANES), blocks(p.K)
-    rows = 1 if p.T == 1 or groups % p.tile[1] else p.tile[1]
     weight_bytes = groups * (n // 2) * PAIR_BYTES[p.bits]
     sizes = {
         "q": ("int32", p.T * n * BLOCK // 4),
@@ -62,17 +62,21 @@ def build(name: str, p: LinearQ) -> Built:
         "y": ("float32", p.T * p.M),
     }
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
-        tokens = 1 if p.T == 1 else -(-p.T // -(-p.T // p.tile[0]))
-        acc = local(tokens * rows * LANES)
-        for t0 in range(0, p.T, tokens):
-            at_once = [t0 + t for t in range(min(tokens, p.T - t0))]
-            multiply_tile(k, p, acc, at_once, [k.block * rows + r for r in range(rows)], n)
-            for t in range(min(tokens, p.T - t0)):
-                for r in range(rows):
-                    group = k.block * rows + r
-                    at = (t * rows + r) * LANES
-                    guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
-    return Built(k.func, groups // rows)
+        grid = split_rows(k, groups, p, lambda first, rows: _rows(k, p, groups, first, rows))
+    return Built(k.func, grid)
+
+
+def _rows(k: Kernel, p: LinearQ, groups: int, first: Expr, rows: int) -> None:
+    """`rows` groups of rows from `first` for all tokens, in tiles of tokens."""
+    tokens = 1 if p.T == 1 else -(-p.T // -(-p.T // p.tile[0]))
+    acc = local(tokens * rows * LANES)
+    for t0 in range(0, p.T, tokens):
+        tile = range(min(tokens, p.T - t0))
+        multiply_tile(k, p, acc, [t0 + t for t in tile], [first + r for r in range(rows)], blocks(p.K))
+        for t in tile:
+            for r in range(rows):
+                at = (t * rows + r) * LANES
+                guard_tail(first + r, groups, p.M, _finish(k, p, acc, at, t0 + t, first + r))
 
 
 def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: int, t: int, group: Expr):  # type: ignore[no-untyped-def]

@@ -39,6 +39,8 @@ class Target:
     features:  instruction sets the kernels use; the runtime refuses a CPU that lacks one.
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
     dot:       the byte product and its tile.
+    streams:   groups of 16 rows that a GEMV reads in turns: a core that prefetches each stream on its own reads several
+               faster than one.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
     platform:  "android" where code has to keep to its rules; else empty.
     bandwidth: what the device's memory moves by its data sheet, 1e9 bytes per second (0 is unknown), and who says so.
@@ -51,6 +53,7 @@ class Target:
     features: tuple[str, ...]
     gemm_tile: tuple[int, int]
     dot: Dot
+    streams: int = 1
     gpu: Gpu | None = None
     platform: str = ""
     bandwidth: tuple[float, str] = (0.0, "")

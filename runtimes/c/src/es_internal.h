@@ -137,9 +137,8 @@ ES_LOCAL uint64_t es_i_now(void);
 typedef struct es_i_pool es_i_pool;
 struct es_i_worker;
 
-/* Read by every thread at every poll, so on a line of its own. `ticket` is launch number << 32 | blocks unclaimed. */
+/* What is launched. */
 typedef struct {
-    uint64_t ticket;
     es_kernel_fn fn;
     void *const *args;
     int32_t grid;
@@ -147,6 +146,8 @@ typedef struct {
 
 struct es_i_pool {
     es_i_board *board; /* line-aligned, in `lines` */
+    uint64_t *tickets; /* of every thread's range, a line each: launch number << 32 | blocks unclaimed; in `turns` */
+    void *turns;
     uint32_t *done;    /* blocks finished by workers; on a line of its own */
     struct es_i_worker *workers;
     pthread_mutex_t sleep_lock;

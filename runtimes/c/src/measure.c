@@ -3,26 +3,30 @@
 
 #include <string.h>
 
-enum { ES_READ_BLOCK = 256 * 1024, ES_READ_LINE = 256 };
+enum { ES_READ_BLOCK = 256 * 1024, ES_READ_LINE = 256, ES_READ_STREAMS = 8 };
 
 typedef uint64_t es_i_wide __attribute__((vector_size(64)));
 
-/* args: the first byte, the number of bytes (a multiple of a line). Block b reads 256 KiB. The widest loads that the
- * CPU has, since one core reaches its bandwidth with nothing less. */
+/* args: the first byte, the number of bytes, the streams. Block b reads 256 KiB as that many streams in turns, the last
+ * block what is left of it. The widest loads that the CPU has, since one core reaches its bandwidth with nothing less;
+ * several streams, since prefetchers of some cores follow each on its own. */
 #define ES_READER(name, target_attribute)                                                                              \
     target_attribute static void name(void *const *args, int32_t begin, int32_t end)                                   \
     {                                                                                                                  \
         const uint8_t *data = (const uint8_t *)args[0];                                                                \
         uint64_t bytes = *(const uint64_t *)args[1];                                                                   \
         uint64_t first = (uint64_t)begin * ES_READ_BLOCK, last = (uint64_t)end * ES_READ_BLOCK;                        \
+        uint64_t streams = *(const uint64_t *)args[2], far = ES_READ_BLOCK / streams;                                  \
         es_i_wide a = {0}, b = {0}, c = {0}, d = {0}, w[4];                                                            \
-        for (uint64_t at = first; at < (last < bytes ? last : bytes); at += ES_READ_LINE) {                            \
-            memcpy(w, data + at, sizeof w);                                                                            \
-            a ^= w[0];                                                                                                 \
-            b ^= w[1];                                                                                                 \
-            c ^= w[2];                                                                                                 \
-            d ^= w[3];                                                                                                 \
-        }                                                                                                              \
+        for (uint64_t block = first; block < last; block += ES_READ_BLOCK)                                             \
+            for (uint64_t near = block; near < block + far; near += ES_READ_LINE)                                      \
+                for (uint64_t at = near; at < block + ES_READ_BLOCK && at < bytes; at += far) {                        \
+                    memcpy(w, data + at, sizeof w);                                                                    \
+                    a ^= w[0];                                                                                         \
+                    b ^= w[1];                                                                                         \
+                    c ^= w[2];                                                                                         \
+                    d ^= w[3];                                                                                         \
+                }                                                                                                      \
         a ^= b ^ c ^ d;                                                                                                \
         uint64_t sum = a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];                                          \
         __asm__ __volatile__("" : : "r"(sum) : "memory"); /* keeps the loads */                                        \
@@ -60,11 +64,13 @@ es_status es_measure_read(es_model *model, const void *data, size_t bytes, uint3
     uint64_t whole = bytes / ES_READ_LINE * ES_READ_LINE, blocks = (whole + ES_READ_BLOCK - 1) / ES_READ_BLOCK;
     if (blocks < 1 || blocks > INT32_MAX || repeats < 1)
         return ES_E_RANGE;
-    void *const args[] = {(void *)(uintptr_t)data, &whole};
+    uint64_t streams = 1;
+    void *const args[] = {(void *)(uintptr_t)data, &whole, &streams};
     es_kernel_fn reader = es_i_reader();
     uint64_t best = UINT64_MAX;
     pthread_mutex_lock(&model->lock);
-    for (uint32_t i = 0; i < repeats; i++) {
+    for (uint32_t i = 0; i < 2 * repeats; i++) {
+        streams = i % 2 == 0 ? 1 : ES_READ_STREAMS;
         uint64_t start = es_i_now();
         es_i_pool_launch(&model->pool, reader, args, (int32_t)blocks);
         uint64_t ns = es_i_now() - start;

@@ -1,9 +1,10 @@
-/* The threads of a model. A launch is posted on the board; every thread claims runs of its blocks from one ticket
- * (compare-and-swap, shorter runs as fewer remain) so that fast and slow cores finish together. The caller waits for
- * blocks, not for threads: a worker that got no core in time costs nothing.
+/* The threads of a model. A launch gives every thread a range of its blocks, the same from launch to launch, so that
+ * state stays near the core that wrote it and neighbours share no lines. A thread claims half of what is left of its
+ * range (compare-and-swap on the range's ticket), again and again, and then of the others', so that fast and slow cores
+ * finish together. The caller waits for blocks, not for threads: a worker that got no core in time costs nothing.
  *
- * The ticket names its launch, so a claim by a thread that slept through launches fails; fields read between loading
- * a ticket and swapping it are therefore those of its launch, and they are atomics because a late reader may look. */
+ * A ticket names its launch, so a claim by a thread that slept through launches fails; fields read between loading a
+ * ticket and swapping it are therefore those of its launch, and they are atomics because a late reader may look. */
 #include "es_internal.h"
 
 #include <sched.h>
@@ -17,6 +18,7 @@ enum { ES_POLLS = 4000, ES_YIELDS = 64, ES_STACK = 1 << 20 };
 struct es_i_worker {
     es_i_pool *pool;
     pthread_t thread;
+    uint32_t index; /* of the thread; the caller is 0 */
     int32_t core;
     uint32_t state; /* 0 starting, 1 running, 2 cannot be pinned */
 };
@@ -56,36 +58,58 @@ int es_i_pin_self(int32_t core)
 #endif
 }
 
-/* Runs blocks until none is unclaimed; returns how many. They all belong to one launch: the next is posted only when
- * the count returned here has been added to `done`. */
-static uint32_t es_i_drain(const es_i_pool *pool)
+static uint64_t *es_i_ticket(const es_i_pool *pool, uint32_t thread)
 {
-    es_i_board *board = pool->board;
+    return pool->tickets + thread * (ES_LINE / sizeof(uint64_t));
+}
+
+/* Where the range of a thread begins, that of the thread before ends. */
+static uint32_t es_i_range(const es_i_pool *pool, int32_t grid, uint32_t thread)
+{
+    return (uint32_t)((uint64_t)(uint32_t)grid * thread / pool->n_threads);
+}
+
+/* Runs blocks of one thread's range until none is unclaimed; returns how many. */
+static uint32_t es_i_drain_range(const es_i_pool *pool, uint32_t thread)
+{
+    const es_i_board *board = pool->board;
+    uint64_t *at = es_i_ticket(pool, thread);
     uint32_t finished = 0;
-    uint64_t ticket = __atomic_load_n(&board->ticket, __ATOMIC_ACQUIRE);
+    uint64_t ticket = __atomic_load_n(at, __ATOMIC_ACQUIRE);
     while ((uint32_t)ticket != 0) {
         es_kernel_fn fn = __atomic_load_n(&board->fn, __ATOMIC_RELAXED);
         void *const *args = __atomic_load_n(&board->args, __ATOMIC_RELAXED);
         int32_t grid = __atomic_load_n(&board->grid, __ATOMIC_RELAXED);
-        uint32_t left = (uint32_t)ticket;
-        uint32_t take = left / (2 * pool->n_threads);
-        take = take > 0 ? take : 1;
-        if (!__atomic_compare_exchange_n(&board->ticket, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        uint32_t left = (uint32_t)ticket, take = left - left / 2;
+        if (!__atomic_compare_exchange_n(at, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
             continue;
-        int32_t begin = grid - (int32_t)left;
+        int32_t begin = (int32_t)(es_i_range(pool, grid, thread + 1) - left);
         fn(args, begin, begin + (int32_t)take);
         finished += take;
-        ticket = __atomic_load_n(&board->ticket, __ATOMIC_ACQUIRE);
+        ticket = __atomic_load_n(at, __ATOMIC_ACQUIRE);
     }
+    return finished;
+}
+
+/* The own range, then the others'. What is run belongs to one launch: the next is posted only when the count returned
+ * here has been added to `done`. */
+static uint32_t es_i_drain(const es_i_pool *pool, uint32_t self)
+{
+    uint32_t finished = 0;
+    for (uint32_t i = 0; i < pool->n_threads; i++)
+        finished += es_i_drain_range(pool, (self + i) % pool->n_threads);
     return finished;
 }
 
 static int es_i_work_waits(const es_i_pool *pool)
 {
-    return (uint32_t)__atomic_load_n(&pool->board->ticket, __ATOMIC_SEQ_CST) != 0;
+    for (uint32_t i = 0; i < pool->n_threads; i++)
+        if ((uint32_t)__atomic_load_n(es_i_ticket(pool, i), __ATOMIC_SEQ_CST) != 0)
+            return 1;
+    return 0;
 }
 
-/* Sleeps until es_i_wake or work. A worker counts itself before it looks at the ticket, and the poster posts before
+/* Sleeps until es_i_wake or work. A worker counts itself before it looks at the tickets, and the poster posts before
  * it looks at the count, both sequentially consistent: one of them sees the other. */
 static void es_i_doze(es_i_pool *pool)
 {
@@ -116,7 +140,7 @@ static void *es_i_worker_main(void *argument)
     __atomic_store_n(&self->state, pinned ? 1u : 2u, __ATOMIC_RELEASE);
     uint32_t idle = 0;
     while (!__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) {
-        uint32_t finished = es_i_drain(pool);
+        uint32_t finished = es_i_drain(pool, self->index);
         if (finished > 0) {
             __atomic_add_fetch(pool->done, finished, __ATOMIC_RELEASE);
             idle = 0;
@@ -159,10 +183,13 @@ void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32
     __atomic_store_n(&board->args, args, __ATOMIC_RELAXED);
     __atomic_store_n(&board->grid, grid, __ATOMIC_RELAXED);
     pool->launch++;
-    __atomic_store_n(&board->ticket, (uint64_t)pool->launch << 32 | (uint32_t)grid, __ATOMIC_SEQ_CST);
+    for (uint32_t i = pool->n_threads; i-- > 0;) {
+        uint32_t blocks = es_i_range(pool, grid, i + 1) - es_i_range(pool, grid, i);
+        __atomic_store_n(es_i_ticket(pool, i), (uint64_t)pool->launch << 32 | blocks, __ATOMIC_SEQ_CST);
+    }
     if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST) > 0)
         es_i_wake(pool);
-    uint32_t others = (uint32_t)grid - es_i_drain(pool);
+    uint32_t others = (uint32_t)grid - es_i_drain(pool, 0);
     for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++)
         es_i_wait(pool, polls);
 }
@@ -180,6 +207,7 @@ static es_status es_i_worker_start(es_i_pool *pool, uint32_t index, int32_t core
 {
     struct es_i_worker *worker = &pool->workers[index - 1];
     worker->pool = pool;
+    worker->index = index;
     worker->core = core;
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0)
@@ -216,7 +244,12 @@ es_status es_i_pool_start(es_i_pool *pool, const es_options *options, es_error *
         return es_i_fail(why, ES_E_THREAD, "a condition variable cannot be made");
     }
     pool->workers = (struct es_i_worker *)calloc(pool->n_threads, sizeof *pool->workers);
-    es_status status = pool->workers != NULL ? ES_OK : es_i_fail(why, ES_E_HEAP, "no memory for the threads");
+    pool->turns = calloc(pool->n_threads + 1, ES_LINE);
+    es_status status =
+        pool->workers != NULL && pool->turns != NULL ? ES_OK : es_i_fail(why, ES_E_HEAP, "no memory for the threads");
+    if (status == ES_OK)
+        pool->tickets =
+            (uint64_t *)(void *)((char *)pool->turns + (ES_LINE - (uintptr_t)pool->turns % ES_LINE) % ES_LINE);
     for (uint32_t i = 1; i < pool->n_threads && status == ES_OK; i++)
         status = es_i_worker_start(pool, i, options->n_cores > 0 ? options->cores[i % options->n_cores] : -1, why);
     if (status != ES_OK)
@@ -233,5 +266,7 @@ void es_i_pool_stop(es_i_pool *pool)
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->sleep_lock);
     free(pool->workers);
+    free(pool->turns);
     pool->workers = NULL;
+    pool->turns = NULL;
 }
