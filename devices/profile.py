@@ -32,6 +32,8 @@ class Gpu:
     local_bytes: shared (local) memory of a work-group.
     subgroup:    threads that run in lockstep; 0 is unknown, and nothing relies on it.
     half:        arithmetic on 16-bit floats.
+    mma:         kernels for tensor cores; CUDA's targets know by themselves, and OpenCL's text computes what they do
+                 step by step, which is for tests.
     memory_gb:   memory that the GPU can hold data in, 1e9 bytes; 0 is unknown.
     """
 
@@ -42,6 +44,7 @@ class Gpu:
     local_bytes: int = 16384
     subgroup: int = 0
     half: bool = False
+    mma: bool = False
     memory_gb: float = 0.0
 
 
@@ -172,6 +175,7 @@ class _Parser:
             local_bytes=sub._at_least("local_bytes", int, 8192) if "local_bytes" in table else 16384,
             subgroup=sub._at_least("subgroup", int, 0),
             half=sub._flag("half"),
+            mma=sub._flag("mma"),
             memory_gb=float(sub._at_least("memory_gb", (int, float), 0)),
         )
         if gpu.subgroup & (gpu.subgroup - 1):

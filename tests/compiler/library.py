@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeseq.compiler.codegen import KernelSet
 from edgeseq.compiler.gpu.codegen import GpuKernelSet
 from edgeseq.compiler.ir import GenericRef, KernelRef
-from edgeseq.compiler.targets import resolve
+from edgeseq.compiler.targets import Target, resolve
 
 GUARD = 256
 CANARY = 0xA5
@@ -89,7 +89,7 @@ class Library:
 class DeviceLibrary:
     """The same for GPU kernels, on the first OpenCL device there is; blocks run in the device's order."""
 
-    def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str = "opencl") -> None:
+    def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str | Target = "opencl") -> None:
         cl = pytest.importorskip("pyopencl", reason="pyopencl is not installed")
         try:
             device = cl.get_platforms()[0].get_devices()[0]
@@ -97,7 +97,7 @@ class DeviceLibrary:
             pytest.skip("there is no OpenCL device")
         self.cl, self.context = cl, cl.Context([device])
         self.queue = cl.CommandQueue(self.context)
-        self.kernels = GpuKernelSet(resolve(target))
+        self.kernels = GpuKernelSet(resolve(target) if isinstance(target, str) else target)
         for ref, n_args in refs:
             self.kernels.add(ref, n_args)
         newest = ["-cl-std=CL3.0"] if device.version.startswith("OpenCL 3") else []  # as the runtime does

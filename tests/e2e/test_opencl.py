@@ -9,8 +9,10 @@ import pytest
 
 import edgeseq.cli as cli
 from edgeseq import models
+from edgeseq.bundle.reader import BundleFile
 from edgeseq.runtime import load
 from edgeseq.spec import Manifest
+from exporters import export
 from tests import bundles
 from tests.bench.test_bench import PROFILE, check_schema, rows_of
 from tests.runtime.build import opencl_missing
@@ -105,6 +107,37 @@ def test_a_shipped_model_says_what_it_says_on_the_cpu(name: str, quant: str, tmp
         here.load(there.save())
         left, right = here.step(made[0]), there.step(made[0])
         assert abs(left - right).max() < TIE and (quant != "none" or int(left.argmax()) == int(right.argmax()))
+
+
+TENSOR_CORES = """
+description = "OpenCL that computes what tensor cores do"
+triple = "auto"
+cpu = "auto"
+[gpu]
+backend = "opencl"
+local_bytes = 65536
+mma = true
+[transport]
+kind = "local"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["fp16:none", "bf16:none", "fp32:int4", "fp32:int8"])
+def test_prompts_on_tensor_cores_are_what_they_were(
+    storage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Chunks go through `halves` and `mma`, steps do not; both equal PyTorch within the tolerance of all others."""
+    dtype, quant = storage.split(":")
+    (tmp_path / "emulated.toml").write_text(TENSOR_CORES)
+    export(bundles.random_model("mamba"), tmp_path / "export", context=64, chunks=(4, 16), dtype=dtype, quant=quant)
+    assert edgeseq("compile", tmp_path / "export", "--target", tmp_path / "emulated.toml", "-o", tmp_path / "b") == 0
+    capfd.readouterr()
+    assert edgeseq("verify", tmp_path / "b") == 0
+    with BundleFile(tmp_path / "b") as file:
+        kernels = [k.name for k in file.plan.kernels]
+        assert "es_mma_" in file.plan.kernels[0].code.decode()
+    assert any(name.startswith("linear_mma_t16" if quant == "none" else "linear_q_t16") for name in kernels)
 
 
 @pytest.mark.slow

@@ -264,13 +264,16 @@ def stream(
 
 
 def epilogue(k: Kernel, p: Any, y: Expr, t: Expr, row: Expr) -> None:
+    store(k["y"], t * p.M + row, settled(k, p, y, t, row))
+
+
+def settled(k: Kernel, p: Any, y: Expr, t: Expr, row: Expr) -> Expr:
+    """A sum with what comes behind it."""
     if p.bias:
         y = y + k["bias"][row]
     if p.act == "silu":
         y = silu(let(y))
-    if p.residual:
-        y = y + k["residual"][t * p.ldr + row]
-    store(k["y"], t * p.M + row, y)
+    return y + k["residual"][t * p.ldr + row] if p.residual else y
 
 
 def gemm(k: Kernel, p: Linear, per_word: int) -> None:

@@ -1,8 +1,8 @@
 """y[T,M] = x[T,K] W[M,K]^T + bias + residual with 4- or 8-bit weights and int8 activations (see kernels/linear_q).
 
 Four products of bytes at a time, exact in int32 within a block of 32, as on a CPU. T = 1: 16 rows a block of threads,
-weights streamed in words of 16 bytes (4 rows x 4 k, twice that for 4 bits). T > 1: tiles of 64 rows x 64 tokens, one
-block of 32 of each in shared memory at a time.
+weights streamed in words of 16 bytes (4 rows x 4 k, twice that for 4 bits). T > 1: `linear_q_mma` on tensor cores where
+there are any, else tiles of 64 rows x 64 tokens, one block of 32 of each in shared memory at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..kernels._quantise import BLOCK, OUTPUTS, blocks, output_params
 from ..kernels.linear_q import PAIR_BYTES, LinearQ
 from ..tvm_api import T, tirx
-from . import Built
+from . import Built, linear_q_mma
 from ._emit import (
     Buffer,
     Expr,
@@ -62,7 +62,7 @@ class FusedLinearQ(LinearQ):
 
 def build(name: str, p: LinearQ, gpu: Any) -> Built:
     groups, n = -(-p.M // ROWS), blocks(p.K)
-    params = parameters(p)
+    params = parameters(p, gpu.mma)
     if p.T == 1:
         threads = gemv_threads(gpu, groups, group_bytes(p))
         quant = getattr(p, "quant", None)
@@ -75,14 +75,16 @@ def build(name: str, p: LinearQ, gpu: Any) -> Built:
             else:
                 run_gemv(k, Gemv(k, p))
         return Built(k.func, grid, threads)
+    if gpu.mma:
+        return linear_q_mma.build(name, p, params, gpu)
     grid = -(-p.M // TILE) * -(-p.T // TILE)
     with kernel(name, params, grid, GEMM_THREADS, gpu) as k:
         _gemm(k, p, n, groups)
     return Built(k.func, grid, GEMM_THREADS)
 
 
-def parameters(p: LinearQ) -> list[tuple[str, str, int]]:
-    """Name, dtype and elements of every argument."""
+def parameters(p: LinearQ, mma: bool = False) -> list[tuple[str, str, int]]:
+    """Name, dtype and elements of every argument; mma: of many tokens are multiplied by tensor cores."""
     groups, n = -(-p.M // ROWS), blocks(p.K)
     weight_words = groups * (n // 2) * PAIR_BYTES[p.bits] // 4
     sizes = {
@@ -95,6 +97,8 @@ def parameters(p: LinearQ) -> list[tuple[str, str, int]]:
         "residual": ("float32", (p.T - 1) * p.ldr + p.M),
         "y": ("float32", p.T * p.M),
     }
+    if p.T > 1 and mma:
+        sizes["w"] = ("uint32x2", weight_words // 2)
     if isinstance(p, FusedLinearQ):
         sizes |= {"wu": sizes["w"], "wus": sizes["ws"]}
         if p.quant is not None:

@@ -1,6 +1,7 @@
 """Fewer launches of one token: norms into the products that read them, a convolution and a scan's step sizes likewise.
 
-At one token a launch costs a GPU about as long as reading a megabyte, and these have next to nothing to do.
+At one token a launch costs a GPU about as long as reading a megabyte, and these have next to nothing to do. Of many
+tokens, products of 16-bit weights go to tensor cores.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .joined import MODULES, Joined
 from .linear import FusedLinear, fields_of
 from .linear_q import INPUTS, FusedLinearQ
 from .selective_scan import FusedScan
+from .tensor_cores import to_tensor_cores
 
 MOST_RANK = 256
 BATCHED = ("rotary", "causal_conv", "copy")  # beside products: kernels without barriers
@@ -44,6 +46,8 @@ def merge(calls: list[Call], gpu: Any) -> None:
         if isinstance(call.kernel, KernelRef) and isinstance(call.kernel.params, Glu):
             _glu(calls, call, call.kernel.params)
     _batches(calls, gpu)
+    if gpu.mma:
+        to_tensor_cores(calls)
 
 
 def _readers(calls: list[Call], value: Value) -> list[Call]:

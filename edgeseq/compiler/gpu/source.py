@@ -87,6 +87,50 @@ inline uint es_exchange(__local uint* lanes, uint x, uint mask)
 #define es_shuffle(x, mask) as_float(es_exchange(es_lanes, as_uint(x), mask))
 """
 
+_MMA = """\
+inline uint es_half_bits(float x)
+{
+    ushort bits;
+    vstore_half_rte(x, 0, (__private half*)&bits);
+    return bits;
+}
+inline float es_bfloat(uint h) { return as_float(h << 16); }
+inline int es_byte(uint b) { return (char)b; }
+/* Fragments as tables 'Matrix fragments' of the PTX ISA have them: element (row, k) of A and (k, column) of B in the
+   registers of 32 lanes, `each` elements of `bits` bits to a word. */
+inline uint es_a(__local const uint* words, uint row, uint k, uint each, uint bits)
+{
+    uint lane = row % 8 * 4 + k / each % 4, word = row / 8 + k / (4 * each) * 2;
+    return words[lane * 6 + word] >> k % each * bits & ((1u << bits) - 1);
+}
+inline uint es_b(__local const uint* words, uint k, uint column, uint each, uint bits)
+{
+    uint lane = column * 4 + k / each % 4, word = 4 + k / (4 * each);
+    return words[lane * 6 + word] >> k % each * bits & ((1u << bits) - 1);
+}
+#define ES_MMA(kind, type, K, each, bits, number) \\
+inline void es_multiply_##kind(__local uint* words, type* d, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) \\
+{ /* all of the work-group come here; warps are 32 work-items in order */ \\
+    uint lane = get_local_id(0) % 32; \\
+    __local uint* own = words + get_local_id(0) * 6; \\
+    words += get_local_id(0) / 32 * 192; \\
+    barrier(CLK_LOCAL_MEM_FENCE); \\
+    own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1; \\
+    barrier(CLK_LOCAL_MEM_FENCE); \\
+    for (uint i = 0; i < 4; i++) \\
+        for (uint k = 0; k < K; k++) \\
+            d[i] += number(es_a(words, lane / 4 + i / 2 * 8, k, each, bits)) \\
+                * number(es_b(words, k, lane % 4 * 2 + i % 2, each, bits)); \\
+}
+ES_MMA(f16, float, 16, 2, 16, es_half)
+ES_MMA(bf16, float, 16, 2, 16, es_bfloat)
+ES_MMA(s8, int, 32, 4, 8, es_byte)
+#define es_mma_f16(...) es_multiply_f16(es_fragments, __VA_ARGS__)
+#define es_mma_bf16(...) es_multiply_bf16(es_fragments, __VA_ARGS__)
+#define es_mma_s8(...) es_multiply_s8(es_fragments, __VA_ARGS__)
+"""
+"""What tensor cores do, for a device that has none: slow, and there to check kernels that are written for them."""
+
 CUDA = """\
 typedef unsigned int uint;
 typedef unsigned char uchar;
@@ -120,6 +164,21 @@ static __device__ __forceinline__ void es_await(void)
 #endif
 }
 static __device__ __forceinline__ float es_shuffle(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+static __device__ __forceinline__ uint es_half_bits(float x)
+{
+    ushort bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#define ES_MMA(kind, type, c, shape) \\
+static __device__ __forceinline__ void es_mma_##kind(type* d, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) \\
+{ \\
+    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \\
+        : "+" c(d[0]), "+" c(d[1]), "+" c(d[2]), "+" c(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); \\
+}
+ES_MMA(f16, float, "f", "m16n8k16.row.col.f32.f16.f16.f32")
+ES_MMA(bf16, float, "f", "m16n8k16.row.col.f32.bf16.bf16.f32")
+ES_MMA(s8, int, "r", "m16n8k32.row.col.s32.s8.s8.s32")
 """
 
 
@@ -129,7 +188,7 @@ def preamble(gpu: Any) -> str:
     if gpu.backend == "cuda":
         return CUDA
     shuffle = f"#define ES_SUBGROUP {gpu.subgroup}\n{_SHUFFLE}" if gpu.subgroup else ""
-    return OPENCL + (_HALF if gpu.half else _HALF_BY_INTEGERS) + shuffle
+    return OPENCL + (_HALF if gpu.half else _HALF_BY_INTEGERS) + shuffle + (_MMA if gpu.mma else "")
 
 
 def program(funcs: list[PrimFunc], threads: Mapping[str, int], gpu: Any, target: TvmTarget) -> str:
@@ -166,6 +225,8 @@ def _opencl(text: str, name: str, threads: int) -> str:
     size = f"__attribute__((reqd_work_group_size({threads}, 1, 1)))"
     if "es_shuffle(" in body:
         size, opened = f"ES_LOCKSTEP {size}", f"  __local uint es_lanes[{threads}];\n{opened}"
+    if "es_mma_" in body:
+        opened = f"  __local uint es_fragments[{6 * threads}];\n{opened}"
     return f"{size}\n__kernel void {name}({pairs}) {{\n{opened}{body}"
 
 

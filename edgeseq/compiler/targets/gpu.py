@@ -22,7 +22,7 @@ def make(profile: Profile, host: Target) -> Target:
     if gpu.backend == "cuda" and not gpu.sm:
         gpu = replace(gpu, sm=(local_capability(),))
     if gpu.backend == "cuda":
-        gpu = replace(gpu, subgroup=32)
+        gpu = replace(gpu, subgroup=32, mma=min(gpu.sm) >= 80)
     dot = Dot("dp4a", signed=True, tile=(1, 1))
     return replace(host, name=profile.name, llvm=None, features=(), gemm_tile=(1, 1), dot=dot, gpu=gpu)
 
