@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,9 @@ def stack_of(said: str) -> dict[str, tuple[int, int]]:
     """By kernel, what `-Xptxas -v` says of it: bytes of its stack frame, bytes spilled."""
     found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", said, re.S)
     return {name: (int(frame), int(spilled)) for name, frame, spilled in found}
+
+
+def loads(text: str, name: str) -> Counter[str]:
+    """Loads from global memory that the PTX of a kernel has, by width and type; those of a loop count once."""
+    start = text.index(f".entry {name}(")
+    return Counter(re.findall(r"ld\.global\.(\S+)", text[start : text.index("\n}", start)]))
