@@ -83,6 +83,12 @@ class Profile:
         """First part of the triple."""
         return self.triple.partition("-")[0]
 
+    def pool_options(self, threads: int | None = None) -> list[str]:
+        """What tells the bundle's driver how many threads to run (None: as many as the profile says), and where."""
+        wanted = threads or self.cores
+        options = ["--threads", str(wanted)] if wanted else []
+        return options + (["--cores", ",".join(map(str, self.pin))] if self.pin else [])
+
 
 def profile_names() -> list[str]:
     """Names of the profiles that come with edgeseq."""

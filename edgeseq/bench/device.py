@@ -16,7 +16,6 @@ from edgeseq.bench.measure import Progress, Samples
 from edgeseq.bundle.plan import Plan
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.errors import DeviceError
-from edgeseq.verify.device import pool_options
 
 TIMEOUT = 3600.0
 BUFFER = 256 * MIB
@@ -52,9 +51,9 @@ def measure_on_device(
             for subject in found:
                 progress(profile.name, i, rounds)
                 for case_set in _calls(cases):
-                    _run(transport, subject, case_set, each, pool_options(profile, threads), buffer)
+                    _run(transport, subject, case_set, each, profile.pool_options(threads), buffer)
         for subject in found:
-            subject.peak_rss_bytes = _peak_rss(transport, subject, pool_options(profile, threads))
+            subject.peak_rss_bytes = _peak_rss(transport, subject, profile.pool_options(threads))
         progress(profile.name, rounds, rounds)
     return found
 
@@ -63,7 +62,7 @@ def peak_rss_bytes(bundle: Path, profile: Profile, threads: int | None) -> int:
     """Peak resident bytes of a process that reads one full chunk and makes two tokens with one stream."""
     with open_transport(profile) as transport:
         subject = OnDevice(bundle, _plan(bundle), transport.push(bundle))
-        return _peak_rss(transport, subject, pool_options(profile, threads))
+        return _peak_rss(transport, subject, profile.pool_options(threads))
 
 
 def _peak_rss(transport: Transport, subject: OnDevice, options: list[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from edgeseq.bundle import format as f
 from edgeseq.bundle.ledger import ledger, memory_need
 from edgeseq.bundle.plan import Plan
+from edgeseq.bundle.tuning import KEY
 from edgeseq.errors import UsageError
 from edgeseq.files import new_directory
 
@@ -55,6 +56,7 @@ def bundle_facts(plan: Plan, plan_id: int) -> dict[str, Any]:
         "state": [asdict(slot) | {"bytes": slot.nbytes} for slot, _ in plan.state],
         "memory": memory_need(plan),
         "ledger": asdict(ledger(plan)),
+        "tuning": plan.meta.get(KEY),
     }
 
 

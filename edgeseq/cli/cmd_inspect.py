@@ -130,6 +130,7 @@ def _bundle_text(facts: dict[str, Any], plan: Plan) -> str:
         "one token of decode moves\n" + table(moved),
         "at depth\n" + table(rows, ("depth", "cache read", "bytes per token", "state")),
         *_bound_text(facts["bound"]),
+        *_tuning_text(plan),
         f"kernels of the step, {facts['launches_per_token']} launches per token\n"
         + table([(k["name"], count(k["launches"]), size(k["bytes"])) for k in facts["kernels"]]),
         "state\n" + _slots([slot for slot, _ in plan.state]),
@@ -149,6 +150,31 @@ def _bound_text(bound: dict[str, Any] | None) -> list[str]:
         f"({bound['source']}), not a measurement"
     )
     return [title + "\n" + table(rows, ("depth", "tokens/s"))]
+
+
+def _tuning_text(plan: Plan) -> list[str]:
+    """Which variants were measured, and which was taken."""
+    from edgeseq.bundle.tuning import record_of
+    from edgeseq.cli.table import table
+
+    record = record_of(plan)
+    if record is None:
+        return []
+    rows = [
+        (
+            e.kernel,
+            len(e.tried),
+            *(f"{ns / 1e3:.1f}" for ns in (e.tried[0].ns, e.fastest.ns)),
+            _choice(e.fastest.choice),
+        )
+        for e in record.kernels
+    ]
+    title = f"tuned on {record.device}, {record.threads} threads, medians of {record.repetitions} runs in µs"
+    return [title + "\n" + table(rows, ("kernel", "variants", "default", "fastest", "")) if rows else title]
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {'x'.join(map(str, v)) if isinstance(v, list) else v}" for key, v in choice.items())
 
 
 def _title(manifest: Manifest) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ImportOptions", "compile_export", "compile_onnx"]
+__all__ = ["ImportOptions", "Tuning", "compile_export", "compile_onnx"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,24 +20,40 @@ BACKENDS = {"cpu": [], "opencl": ["-DES_WITH_OPENCL"], "cuda": ["-DES_WITH_CUDA"
 def link(target: Target, kernels: Path | None, table: Path, out: Path) -> None:
     """Write libmodel.so, libmodel.a, edgeseq.h and edgeseq-device into `out`. Raises CompileError with zig's words.
 
-    kernels: the object file of CPU kernels; None for a GPU, whose code lies in the bundle. Its driver is opened at run
-    time, so its edgeseq-device is linked dynamically."""
-    include = ["-I", str(C_DIR / "include"), *BACKENDS[target.backend]]
-    sources = [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
+    kernels: the object file of CPU kernels; None for a GPU, whose code lies in the bundle."""
+    include, sources = _runtime(target)
     exports = out / "exports.map"
     exports.write_text("{ global: es_*; local: *; };\n")
-    objects = [str(kernels)] if kernels else []
-    common = [*FLAGS, *include, *sources, str(table), *objects]
-    libraries = ["-lpthread", "-lm"] if kernels else ["-lpthread", "-ldl"]
+    common = _common(target, kernels, table)
     _zig("cc", "-target", target.shared, "-shared", "-fPIC", "-s", f"-Wl,--version-script={exports}",
-         "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, *libraries)  # fmt: skip
+         "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, *_libraries(kernels))  # fmt: skip
     exports.unlink()
     _archive(target, sources, include, kernels, table, out)
+    link_driver(target, kernels, table, out)
+    (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
+
+
+def link_driver(target: Target, kernels: Path | None, table: Path, out: Path) -> None:
+    """Write edgeseq-device into `out`; for a GPU, whose driver is opened at run time, it is linked dynamically."""
     tool = C_DIR / "tools" / "edgeseq_device.c"
     program = ["-target", target.static, "-static"] if kernels else ["-target", target.shared]
-    tail = [] if kernels else libraries
-    _zig("cc", *program, "-s", "-o", str(out / "edgeseq-device"), str(tool), *common, *tail)
-    (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
+    tail = [] if kernels else _libraries(kernels)
+    _zig("cc", *program, "-s", "-o", str(out / "edgeseq-device"), str(tool), *_common(target, kernels, table), *tail)
+
+
+def _runtime(target: Target) -> tuple[list[str], list[str]]:
+    """Options that find the header and choose the backend, and the runtime's sources."""
+    include = ["-I", str(C_DIR / "include"), *BACKENDS[target.backend]]
+    return include, [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
+
+
+def _common(target: Target, kernels: Path | None, table: Path) -> list[str]:
+    include, sources = _runtime(target)
+    return [*FLAGS, *include, *sources, str(table), *([str(kernels)] if kernels else [])]
+
+
+def _libraries(kernels: Path | None) -> list[str]:
+    return ["-lpthread", "-lm"] if kernels else ["-lpthread", "-ldl"]
 
 
 def _archive(

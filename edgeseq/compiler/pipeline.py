@@ -5,6 +5,7 @@
 | read     | graph.load_graph        | graph.py      | Graph: nodes, static shapes       |
 | or read  | foreign.import_onnx     | foreign/      | manifest and graph of one step    |
 | lower    | lowering.Lowering.run   | lowering.py   | Calls: kernels with their values  |
+| tune     | tuning.tune             | tuning/       | the fastest variants, on request  |
 | place    | memory.plan_arena …     | memory.py     | offsets                           |
 | generate | codegen.KernelSet       | codegen.py    | kernels.o, kernel_table.c           |
 | plan     | _plan                   | pipeline.py   | bundle.plan.Plan                  |
@@ -18,14 +19,17 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgeseq.bundle.directory import new_bundle, write_facts
 from edgeseq.bundle.encode import encode
 from edgeseq.bundle.plan import Plan, PlanArg, PlanGraph, PlanIO, PlanLaunch, PlanTensor, Space, align
+from edgeseq.bundle.tuning import KEY as TUNING
 from edgeseq.bundle.writer import write_plan
 from edgeseq.manifest import load_manifest
 from edgeseq.spec import DTYPE_BYTES, GraphFile, Manifest
@@ -43,6 +47,7 @@ from .lowering import Lowering, Memory
 from .memory import mark_outputs_only, place, plan_arena
 from .pack import pack, packed_shape
 from .targets import Target, resolve
+from .tuning import Tuning, tune
 
 Progress = Callable[[str, int, int], None]
 _SPACES: dict[str, Space] = {"weight": "weights", "arena": "arena", "state": "state", "io": "io"}
@@ -50,12 +55,19 @@ _CARRIED = ("golden.safetensors", "tokenizer.json")
 
 
 def compile_export(
-    export_dir: Path, target: str, out: Path, *, progress: Progress | None = None, dump: Path | None = None
+    export_dir: Path,
+    target: str,
+    out: Path,
+    *,
+    tuning: Tuning | None = None,
+    progress: Progress | None = None,
+    dump: Path | None = None,
 ) -> Path:
     """Compile the export in `export_dir` for `target` into the bundle directory `out`.
 
-    target: "host", a device profile's name, or a profile file. dump: directory for the intermediate forms.
-    Memory stays that of the largest tensor. Raises UsageError, CompileError, BundleError; then nothing is left.
+    target: "host", a device profile's name, or a profile file. tuning: choose kernels by measuring, or by what was
+    measured before. dump: directory for the intermediate forms. Memory stays that of the largest tensor. Raises
+    UsageError, CompileError, BundleError, and DeviceError when tuning; then nothing is left.
     """
     manifest = load_manifest(export_dir)
 
@@ -64,7 +76,7 @@ def compile_export(
             if (export_dir / name).is_file():
                 shutil.copyfile(export_dir / name, folder / name)
 
-    return _compile(manifest, lambda g: load_graph(export_dir / g.file), target, out, carry, progress, dump)
+    return _compile(manifest, lambda g: load_graph(export_dir / g.file), target, out, carry, tuning, progress, dump)
 
 
 def compile_onnx(
@@ -73,6 +85,7 @@ def compile_onnx(
     out: Path,
     options: ImportOptions,
     *,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
     dump: Path | None = None,
 ) -> Path:
@@ -94,7 +107,7 @@ def compile_onnx(
     def carry(folder: Path) -> None:
         foreign.write_golden(path, imported, folder)
 
-    return _compile(imported.manifest, read, target, out, carry, progress, dump)
+    return _compile(imported.manifest, read, target, out, carry, tuning, progress, dump)
 
 
 def _compile(
@@ -103,6 +116,7 @@ def _compile(
     target: str,
     out: Path,
     carry: Callable[[Path], None],
+    tuning: Tuning | None,
     progress: Progress | None,
     dump: Path | None,
 ) -> Path:
@@ -121,6 +135,11 @@ def _compile(
             merge(calls, chosen.gpu)
         mark_outputs_only(calls)
         lowered.append((graph_file, calls, plan_arena(calls)))
+    meta: dict[str, Any] = {"tvm": version("apache-tvm")}
+    if tuning is not None:
+        every = [(g.signature.tokens, calls) for g, calls, _ in lowered]
+        tuning = replace(tuning, device=tuning.device or target)
+        meta[TUNING] = tune(every, manifest, chosen, tuning, report).to_json()
     kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)
     total = sum(len(calls) for _, calls, _ in lowered)
     for i, call in enumerate(call for _, calls, _ in lowered for call in calls):
@@ -128,7 +147,7 @@ def _compile(
         kernels.add(call.kernel, len(call.args))
     if chosen.gpu:
         report("code", 0, 2)
-    plan = _plan(manifest, chosen, memory, lowered, kernels)
+    plan = _plan(manifest, chosen, memory, lowered, kernels, meta)
     if dump is not None:
         dumps.write(dump, lowered, kernels)
     with new_bundle(out) as folder, tempfile.TemporaryDirectory(prefix="edgeseq-") as work:
@@ -156,6 +175,7 @@ def _plan(
     memory: Memory,
     lowered: list[tuple[GraphFile, list[Call], int]],
     kernels: KernelSet,
+    meta: dict[str, Any],
 ) -> Plan:
     slots = manifest.step.signature.state
     state_bytes = place([memory.slot(s.name, s.nbytes) for s in slots])
@@ -173,7 +193,7 @@ def _plan(
         state_bytes=state_bytes,
         io_bytes=io_bytes,
         tokenizer="bytes" if manifest.tokenizer == "bytes" else "none",
-        meta={"tvm": version("apache-tvm")},
+        meta=meta,
     )
 
 

@@ -22,19 +22,12 @@ MAX_CUTS = 64
 """Pieces that the driver takes in one list."""
 
 
-def pool_options(profile: Profile, threads: int | None) -> list[str]:
-    """The driver's options for threads and pinning."""
-    wanted = threads or profile.cores
-    options = ["--threads", str(wanted)] if wanted else []
-    return options + (["--cores", ",".join(map(str, profile.pin))] if profile.pin else [])
-
-
 def device_stages(bundle: Path, profile: Profile, threads: int | None = None) -> list[Stage]:
     """Checksum, steps, random cuts, state saved in one process and resumed in another, greedy tokens: all there."""
     manifest = bundle_manifest(bundle)
     golden = load_golden(bundle, manifest.step.signature, manifest.family)
     with open_transport(profile) as transport:
-        return _Driver(transport, bundle, manifest, pool_options(profile, threads)).stages(golden)
+        return _Driver(transport, bundle, manifest, profile.pool_options(threads)).stages(golden)
 
 
 class _Driver:

@@ -186,3 +186,14 @@ def test_everything_on_aarch64(handmade_bundle: Path, tmp_path: Path) -> None:
         session = here.session()
         session.load(state.read_bytes())
         close(session.step(3), expected(np.append(TOKENS[:20], 3))[-1])
+
+
+def test_profile_times_every_launch_of_a_graph(driver: Path, handmade_bundle: Path) -> None:
+    with edgeseq.load(handmade_bundle) as model:
+        launches = [g.n_launches for g in model.info.graphs]
+    for graph, n in enumerate(launches):
+        lines = say(driver, handmade_bundle, "profile", "--graph", str(graph), "-r", "3", "--threads", "2")
+        assert [(line["test"], line["graph"], line["n_threads"]) for line in lines] == [("profile", graph, 2)] * 3
+        assert all(len(line["launch_ns"]) == n and all(ns > 0 for ns in line["launch_ns"]) for line in lines)
+    with pytest.raises(AssertionError, match="--graph"):
+        say(driver, handmade_bundle, "profile", "--graph", "9")

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..tvm_api import T, tirx
 from . import Built
 from ._emit import LANES, Expr, Kernel, horizontal_sum, kernel, let, load, local, loop, pieces, splat, store
 from ._lanes import SQUARE, horizontal_max, transpose
+from ._tiles import accumulators, variants
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 TILE = 64
 BLOCK_ROWS = 48
@@ -66,6 +71,11 @@ class AttentionChunk:
     @property
     def window(self) -> int:
         return self.N - self.prefix
+
+
+def candidates(p: AttentionChunk, target: Target) -> list[AttentionChunk]:
+    """What tuning may choose from: tiles of both products."""
+    return variants(p, min(BLOCK_ROWS, p.T * p.group), TILE // LANES, accumulators(target.features))
 
 
 def build(name: str, p: AttentionChunk) -> Built:

@@ -9,12 +9,17 @@ zero. One block = 16 outputs of one row oh.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Expr, Kernel, kernel, let, load, local, loop, splat, store
+from ._tiles import accumulators, tiles
 from .linear import _storage, _weights
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 MAX_UNROLLED = 64
 IN_FLIGHT = 8
@@ -58,6 +63,12 @@ class Conv:
         begin = min(-(-p // s), self.OW)
         end = (self.W - 1 - (k - 1) * d + p) // s + 1
         return begin, max(begin, min(end, self.OW))
+
+
+def candidates(p: Conv, target: Target) -> list[Conv]:
+    """What tuning may choose from: how many neighbouring outputs a tile has."""
+    widths = [width for width, _ in tiles(p.OW, 1, accumulators(target.features))]
+    return [p, *(replace(p, tile=width) for width in widths if width != p.tile)]
 
 
 def build(name: str, p: Conv) -> Built:

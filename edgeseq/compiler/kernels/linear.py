@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tvm_api import PrimFunc, T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, split_blocks, store
+from ._tiles import accumulators, streams, variants
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Linear:
 
 
 GEMV_UNROLL = 8
+
+
+def candidates(p: Linear, target: Target) -> list[Linear]:
+    """What tuning may choose from: streams of the GEMV, tiles of the GEMM."""
+    groups = -(-p.M // LANES)
+    return streams(p, groups // 6) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features))
 
 
 def build(name: str, p: Linear) -> Built:

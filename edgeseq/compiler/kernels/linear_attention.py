@@ -13,12 +13,16 @@ keys before any row changes: the strip stays in scratch, and one pass updates it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, pieces, splat, store
+from ._tiles import accumulators, tiles
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 Decay = Literal["none", "constant", "head", "key"]
 SCRATCH = 1 << 14  # floats of state that an erasing block holds on its thread's stack
@@ -74,6 +78,16 @@ def token_tile(gemm_tile: tuple[int, int]) -> tuple[int, int]:
     """`tile` for registers that hold so many accumulators of a product: wide strips, as their rows lie together."""
     tokens, groups = gemm_tile
     return 3, (4 if tokens * groups >= 24 else 1)
+
+
+def candidates(p: LinearAttention, target: Target) -> list[LinearAttention]:
+    """What tuning may choose from: tokens by vectors whose values and outputs stay in registers."""
+    if p.T == 1 or p.erase != "none":
+        return [p]
+    vectors, own = max(1, p.V // LANES), (max(1, p.tile[0] // p.group), p.strip)
+    found = tiles(p.T, vectors, accumulators(target.features) // (1 + p.group))
+    others = [(t, wide) for t, wide in found if (t, wide) != own and vectors % wide == 0]
+    return [p, *(replace(p, tile=(t * p.group, wide)) for t, wide in others)]
 
 
 def build(name: str, p: LinearAttention) -> Built:

@@ -11,13 +11,17 @@ multiple of 64 bytes: 576 or 1088.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tvm_api import T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, splat, store
 from ._quantise import BLOCK, blocks
+from ._tiles import accumulators, streams, variants
 from .linear import epilogue, guard_tail, split_rows
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 GROUPS_OF_4 = BLOCK // 4
@@ -46,6 +50,12 @@ class LinearQ:
     def args(self) -> tuple[str, ...]:
         optional = (*(("bias",) if self.bias else ()), *(("residual",) if self.residual else ()))
         return ("q", "scale", "offset", "w", "ws", *optional, "y")
+
+
+def candidates(p: LinearQ, target: Target) -> list[LinearQ]:
+    """What tuning may choose from: as for `linear`; an accumulator has two registers, for floats and for integers."""
+    groups = -(-p.M // LANES)
+    return streams(p, groups // 6) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features) // 2)
 
 
 def build(name: str, p: LinearQ) -> Built:

@@ -29,7 +29,7 @@ typedef struct {
     int32_t cores[CORES_MAX];
     int32_t *tokens;
     size_t n_tokens;
-    uint64_t bytes, reps;
+    uint64_t bytes, reps, graph;
     list prompts, gens, depths, cuts;
     const char *in, *out, *load, *save, *prompt, *tokens_text, *tokens_file;
     int raw;
@@ -128,6 +128,7 @@ static const struct {
     {"-n", LIST, offsetof(device, gens), INT32_MAX},
     {"-d", LIST, offsetof(device, depths), INT32_MAX},
     {"-r", UINT64, offsetof(device, reps), 1000000},
+    {"--graph", UINT64, offsetof(device, graph), UINT32_MAX},
     {"--bytes", UINT64, offsetof(device, bytes), SIZE_MAX / 2},
     {"--temperature", REAL, offsetof(device, sampler.temperature), 0},
     {"--top-k", INT32, offsetof(device, sampler.top_k), INT32_MAX},

@@ -97,6 +97,24 @@ static void bench_memory(const device *d)
            (unsigned long long)d->info.weight_bytes);
 }
 
+/* Times every launch of one graph, each time from the fresh state: one line of nanoseconds a repetition. */
+static void profile(const device *d)
+{
+    uint32_t g = (uint32_t)d->graph;
+    es_graph_info graph = ES_GRAPH_INFO_INIT;
+    check(es_model_graph(d->model, g, &graph), "--graph", NULL);
+    uint64_t *ns = (uint64_t *)grab(graph.n_launches * sizeof *ns);
+    for (uint64_t r = 0; r < d->reps; r++) {
+        check(es_reset(d->session), "profile", NULL);
+        check(es_profile(d->session, g, ns, graph.n_launches), "profile", NULL);
+        printf("{\"test\":\"profile\",\"graph\":%u,\"n_threads\":%u", g, d->info.n_threads);
+        samples("launch_ns", ns, graph.n_launches);
+        printf("}\n");
+        fflush(stdout);
+    }
+    free(ns);
+}
+
 static void bench(device *d)
 {
     es_error why = ES_ERROR_INIT;

@@ -13,6 +13,7 @@ static const char usage[] =
     "  frames --in FILE --out FILE            run the step of a model with named inputs: FILE holds the inputs of\n"
     "                                         one step after another, in the model's order, as do the outputs\n"
     "  state                                  what --load-state holds\n"
+    "  profile [--graph N] [-r REPS]          nanoseconds of every launch of a graph (0 is the step)\n"
     "  bench  [-p N,..] [-n N,..] [-d N,..] [-r REPS] [--bytes N]\n"
     "TOKENS: --tokens 1,2,3 or --tokens-file FILE or --prompt TEXT\n"
     "state:  --load-state FILE, --save-state FILE\n"
@@ -257,7 +258,7 @@ static void state(const device *d)
 
 int main(int argc, char **argv)
 {
-    static const char *const commands[] = {"info", "check", "run", "logits", "frames", "state", "bench"};
+    static const char *const commands[] = {"info", "check", "run", "logits", "frames", "state", "profile", "bench"};
     enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
     device d = {.info = ES_MODEL_INFO_INIT, .options = ES_OPTIONS_INIT, .sampler = ES_SAMPLER_INIT, .reps = 5};
     es_error why = ES_ERROR_INIT;
@@ -284,6 +285,7 @@ int main(int argc, char **argv)
     case 3: logits(&d); break;
     case 4: frames(&d); break;
     case 5: state(&d); break;
+    case 6: profile(&d); break;
     default: bench(&d); break;
     }
     state_save(&d);

@@ -1,0 +1,48 @@
+"""Tiles worth measuring: blocks of accumulators, rows by groups of 16, that the vector registers hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+GROUPS = (1, 2, 4)
+STREAMS = (1, 2, 4, 8)
+STEPS = 2
+
+
+def accumulators(features: Sequence[str]) -> int:
+    """Vectors of 16 floats that fit beside the operands: 32 registers of 16 floats, else 16 of 8 or 32 of 4."""
+    return 28 if "avx512f" in features else 7
+
+
+def even(rows: int, most: int) -> int:
+    """Rows of a tile when `rows` are cut into as few equal pieces of at most `most` as possible."""
+    return -(-rows // -(-rows // most))
+
+
+def tiles(rows: int, groups: int, room: int) -> list[tuple[int, int]]:
+    """(rows, groups) of at most `room` accumulators."""
+    found: list[tuple[int, int]] = []
+    for wide in GROUPS:
+        heights: dict[int, None] = {}
+        most = room // wide if wide <= groups else 0
+        while most and len(heights) < STEPS:
+            most = even(rows, most)
+            heights[most] = None
+            most -= 1
+        found += [(height, wide) for height in heights]
+    return found
+
+
+def variants(params: Any, rows: int, groups: int, room: int) -> list[Any]:
+    """`params` as they are, then with every other tile of a product of `rows` by `groups` of 16."""
+    height, wide = params.tile
+    own = (even(rows, height), min(wide, groups))
+    return [params, *(replace(params, tile=tile) for tile in tiles(rows, groups, room) if tile != own)]
+
+
+def streams(params: Any, most: int) -> list[Any]:
+    """`params` as they are, then with every other number of streams up to `most`."""
+    own = min(params.streams, max(1, most))
+    return [params, *(replace(params, streams=n) for n in STREAMS if n <= most and n != own)]
