@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import struct
 import subprocess
 import threading
@@ -275,26 +276,40 @@ def test_an_illegal_access_loses_the_device_and_not_the_app(fake: cb.Fake, bundl
     assert scenario(bundle)
 
 
-REFUSALS: list[tuple[str, dict[str, int], dict[str, str]]] = [
-    ("cannot be opened", {}, {"EDGESEQ_CUDA_LIBRARY": "/nowhere/libcuda.so"}),
-    (r"for CUDA 11\.3, this bundle needs 11\.4", {"version": 11030}, {}),
-    ("offers no device", {"devices": 0}, {}),
-    ("offers no device", {"init": 100}, {}),
-    ("starting the driver failed", {"init": 34}, {}),
-    ("'1', expected a number from 0 to 0", {}, {"EDGESEQ_CUDA_DEVICE": "1"}),
-    ("'-1', expected", {}, {"EDGESEQ_CUDA_DEVICE": "-1"}),
-    ("'first', expected", {}, {"EDGESEQ_CUDA_DEVICE": "first"}),
-    ("'99999999999999999999', expected", {}, {"EDGESEQ_CUDA_DEVICE": "9" * 20}),
-    ("the weights need 4096 bytes on Fake 0, where 4095 of", {"memory": 4095}, {}),
-    ("compiled for sm_90, sm_75, Fake 0 is sm_70", {"major": 7, "minor": 0}, {}),
-    ("at most 0 threads a block, 1 are asked", {"threads": 0}, {}),
+DRIVER, OLD, NONE, MEMORY, BUILD, ARCH = range(1, 7)  # details of ES_CLASS_DEVICE (edgeseq.h)
+REFUSALS: list[tuple[str, int, dict[str, int], dict[str, str]]] = [
+    ("cannot be opened", DRIVER, {}, {"EDGESEQ_CUDA_LIBRARY": "/nowhere/libcuda.so"}),
+    (r"for CUDA 11\.3, this bundle needs 11\.4", OLD, {"version": 11030}, {}),
+    ("offers no device", NONE, {"devices": 0}, {}),
+    ("offers no device", NONE, {"init": 100}, {}),
+    ("starting the driver failed", DRIVER, {"init": 34}, {}),
+    ("'1', expected a number from 0 to 0", NONE, {}, {"EDGESEQ_CUDA_DEVICE": "1"}),
+    ("'-1', expected", NONE, {}, {"EDGESEQ_CUDA_DEVICE": "-1"}),
+    ("'first', expected", NONE, {}, {"EDGESEQ_CUDA_DEVICE": "first"}),
+    ("'99999999999999999999', expected", NONE, {}, {"EDGESEQ_CUDA_DEVICE": "9" * 20}),
+    ("the weights need 4096 bytes on Fake 0, where 4095 of", MEMORY, {"memory": 4095}, {}),
+    ("compiled for sm_90, sm_75, Fake 0 is sm_70", ARCH, {"major": 7, "minor": 0}, {}),
+    ("at most 0 threads a block, 1 are asked", BUILD, {"threads": 0}, {}),
 ]
 
 
-@pytest.mark.parametrize(("sentence", "properties", "environment"), REFUSALS, ids=[r[0] for r in REFUSALS])
-def test_what_a_machine_lacks_is_said(
-    fake: cb.Fake, bundle: Path, monkeypatch: pytest.MonkeyPatch, sentence: str, properties: dict[str, int],
-    environment: dict[str, str],
+def answer(bundle: Path) -> tuple[int, str]:
+    """Status and sentence of es_model_open, of which nothing is left."""
+    from edgeseq import runtime_abi as abi
+
+    library = abi.open_library(bundle / "libmodel.so")
+    handle, why = ctypes.c_void_p(), abi.Error()
+    path = str(bundle / "model.edgeseq").encode()
+    status = library.es_model_open(path, None, ctypes.byref(handle), ctypes.byref(why))
+    if status == abi.OK:
+        library.es_model_close(ctypes.byref(handle))
+    return status, why.text.decode()
+
+
+@pytest.mark.parametrize(("sentence", "detail", "properties", "environment"), REFUSALS, ids=[r[0] for r in REFUSALS])
+def test_what_a_machine_lacks_is_said_and_has_a_code(
+    fake: cb.Fake, bundle: Path, monkeypatch: pytest.MonkeyPatch, sentence: str, detail: int,
+    properties: dict[str, int], environment: dict[str, str],
 ) -> None:  # fmt: skip
     for name, value in properties.items():
         fake.set(name, value)
@@ -302,18 +317,15 @@ def test_what_a_machine_lacks_is_said(
         monkeypatch.setenv(name, text)
     with pytest.raises(RuntimeFailure, match=sentence):
         edgeseq.load(bundle)
+    status, text = answer(bundle)
+    assert status == 9 | detail << 8 and re.search(sentence, text)
 
 
 @pytest.mark.parametrize(("code", "detail"), [(46, 3), (2, 4), (700, 8)])
 def test_a_device_that_cannot_be_opened_has_its_code(fake: cb.Fake, bundle: Path, code: int, detail: int) -> None:
-    from edgeseq import runtime_abi as abi
-
-    library = abi.open_library(bundle / "libmodel.so")
     fake.fail("cuDevicePrimaryCtxRetain", 1, code)
-    handle, why = ctypes.c_void_p(), abi.Error()
-    path = str(bundle / "model.edgeseq").encode()
-    status = library.es_model_open(path, None, ctypes.byref(handle), ctypes.byref(why))
-    assert status == abi.CLASS_DEVICE | detail << 8 and b"opening the device failed" in why.text
+    status, text = answer(bundle)
+    assert status == 9 | detail << 8 and "opening the device failed" in text
 
 
 def test_a_session_that_does_not_fit_is_refused(fake: cb.Fake, bundle: Path) -> None:
@@ -331,6 +343,7 @@ def test_a_driver_without_a_function_is_too_old(fake: cb.Fake, bundle: Path, tmp
     monkeypatch.setenv("EDGESEQ_CUDA_LIBRARY", str(tmp_path / "stub.so"))
     with pytest.raises(RuntimeFailure, match=r"driver for CUDA 12\.0 lacks cuInit"):
         edgeseq.load(bundle)
+    assert answer(bundle)[0] == 9 | OLD << 8
 
 
 def test_the_second_device_can_be_chosen(fake: cb.Fake, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
