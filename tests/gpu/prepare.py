@@ -5,9 +5,12 @@
     python -m tests.gpu.prepare DIR --case mlstm-odd:fp32:none      a random model of tests/models/support.py
     python -m tests.gpu.prepare DIR --every                         all of those
     python -m tests.gpu.prepare DIR --large zoo:mamba-1.4b:fp16     shapes alone, weights left out
+    python -m tests.gpu.prepare DIR --twin zoo:mamba-130m:fp16      its KV-cached attention twin, likewise
+    python -m tests.gpu.prepare DIR --full                          all that one visit to a GPU should bring home
 
 A case is DIR/NAME/gpu (bundle), DIR/NAME/host (the same model for a plain x86-64), cpu.state and expect.json: the
-prompt, the tokens that the CPU runtime chose after it and by how much, the bound of its golden.
+prompt, the tokens that the CPU runtime chose after it and by how much, the bound of its golden. DIR/run and DIR/script
+are `tests/gpu/run` and what it needs, so that DIR can be carried to a machine that has Python and a driver, no more.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from edgeseq.bundle.ledger import ledger
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.cli import run
 from edgeseq.compiler.gpu.nvrtc import images
+from edgeseq.compiler.targets import resolve
 from edgeseq.models.source import FamilySource
 from edgeseq.verify.golden import load_golden
 from exporters import golden as golden_file
@@ -40,10 +44,25 @@ from .refill import KEPT_BYTES, strip
 
 HERE = Path(__file__).parent
 HOST = HERE / "x86-64-v3.toml"
+ARM = HERE / "aarch64.toml"
 GREEDY = 64
 PROMPTS = 6
-STORAGES = ("fp32:none", "fp16:none", "fp32:int8", "fp16:int4")
-SHARED = "x86_64-linux-gnu.2.28"
+STORAGES = ("fp32:none", "fp16:none", "bf16:none", "fp32:int8", "fp16:int4")
+LARGE = (
+    "mamba-130m:fp16", "mamba-130m:fp16:int4", "mamba-1.4b:fp16", "mamba-1.4b:fp16:int4", "mamba-2.8b:fp16",
+    "mamba-2.8b:fp16:int4", "mamba2-1.3b:fp16", "mamba2-1.3b:fp16:int4", "mamba2-2.7b:fp16", "mamba2-2.7b:fp16:int4",
+)  # fmt: skip
+TWINS = ("mamba-130m:fp16", "mamba-1.4b:fp16")
+TWIN_CONTEXT = "132096"  # room for 1024 tokens at a depth of 128k
+CARRIED = (
+    "tests/gpu/run.py", "tests/gpu/checks.py", "tests/gpu/refill.py", "tests/gpu/runtime.py", "tests/gpu/speed.py",
+    "edgeseq/runtime_abi.py", "edgeseq/bench/nvml.py",
+)  # fmt: skip
+RUN = """#!/bin/sh
+# Checks and measures what lies beside it on this machine's GPU. Needs Python 3.9 and NVIDIA's driver: ./run --help
+here="$(cd "$(dirname "$0")" && pwd)"
+exec "${PYTHON:-python3}" "$here/script/tests/gpu/run.py" "$here" "$@"
+"""
 THREADS = {
     "gather": 16,
     "leak1": 16,
@@ -63,15 +82,36 @@ def main() -> None:
     parser.add_argument("--case", action="append", default=[], metavar="FAMILY:DTYPE:QUANT")
     parser.add_argument("--every", action="store_true", help="a random model of odd sizes of every family")
     parser.add_argument("--large", action="append", default=[], metavar="SOURCE:DTYPE[:QUANT]")
-    parser.add_argument("--context", default="2048")
+    parser.add_argument("--twin", action="append", default=[], metavar="SOURCE:DTYPE[:QUANT]")
+    parser.add_argument("--full", action="store_true", help="tiny, every family, the large shapes and twins")
+    parser.add_argument("--context", default="2048", help="of large shapes")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = options.case or ([] if options.large or options.every else ["handmade", *_all_tiny()])
-    chosen += [f"{name}:fp32:none" for name in ODD] if options.every else []
+    sys.exit(1 if _cases(options) else 0)
+
+
+def carry(out: Path) -> None:
+    """The script and what it imports, into the folder."""
+    shutil.rmtree(out / "script", ignore_errors=True)
+    for name in CARRIED:
+        (out / "script" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(HERE.parents[1] / name, out / "script" / name)
+    (out / "run").write_text(RUN)
+    (out / "run").chmod(0o755)
+
+
+def _cases(options: argparse.Namespace) -> int:
+    """How many were refused."""
+    special = options.large or options.twin or options.every
+    chosen = options.case or ([] if special and not options.full else ["handmade", *_all_tiny()])
+    chosen += [f"{name}:fp32:none" for name in ODD] if options.every or options.full else []
+    large = options.large + [f"zoo:{name}" for name in (LARGE if options.full else ())]
+    twins = options.twin + [f"zoo:{name}" for name in (TWINS if options.full else ())]
     refused = 0
+    carry(options.out)
     for case in chosen:
         if case == "handmade":
-            hand_made(options.out / case)
+            hand_made(options.out / case, target=options.target)
             continue
         name, dtype, quant = case.split(":")
         try:
@@ -79,15 +119,13 @@ def main() -> None:
         except Refused as error:
             refused += 1
             print(f"{case}: {error}", flush=True)
-    for case in options.large:
-        source, dtype, quant = _large_parts(case)
-        name = f"{source.rpartition(':')[2].rpartition('/')[2]}-{dtype}-{quant}"
+    for case, command in [*((case, "export") for case in large), *((case, "twin") for case in twins)]:
         try:
-            _large(options.out / name, source, dtype, quant, options)
+            _large(options, command, *_large_parts(case))
         except Refused as error:
             refused += 1
             print(f"{case}: {error}", flush=True)
-    sys.exit(1 if refused else 0)
+    return refused
 
 
 class Refused(Exception):
@@ -140,9 +178,18 @@ def _small(out: Path, name: str, dtype: str, quant: str, options: argparse.Names
             for target, place in ((options.target, "gpu"), (HOST, "host")):
                 _edgeseq("compile", export, "--target", target, "-o", Path(made) / "case" / place)
             shutil.move(Path(made) / "case", out)
+            _expect(out)
+            if on_arm(options.target):  # the CPU beside that GPU
+                shutil.rmtree(out / "host")
+                _edgeseq("compile", export, "--target", ARM, "-o", Path(made) / "host")
+                shutil.move(Path(made) / "host", out / "host")
     _slim(out)
-    _expect(out)
     print(out.name, flush=True)
+
+
+def on_arm(target: str) -> bool:
+    """The GPU's host is no x86-64, as Jetson's."""
+    return resolve(target).shared.startswith("aarch64")
 
 
 def _export(out: Path, source: str, arguments: list[str]) -> None:
@@ -155,16 +202,21 @@ def _export(out: Path, source: str, arguments: list[str]) -> None:
         _edgeseq("export", source, "-o", out, *arguments)
 
 
-def _large(out: Path, source: str, dtype: str, quant: str, options: argparse.Namespace) -> None:
-    """The matrices are not even drawn: `refill` draws others."""
+def _large(options: argparse.Namespace, command: str, source: str, dtype: str, quant: str) -> None:
+    """The matrices are not even drawn: `refill` draws others. command: "export", or "twin" of the source."""
+    name = f"{source.rpartition(':')[2].rpartition('/')[2]}-{dtype}-{quant}"
+    out = options.out / (name if command == "export" else f"{name}.twin")
+    context = options.context if command == "export" else TWIN_CONTEXT
+    facts = {"prompt": [1, 2, 3], "source": source, "dtype": dtype, "quant": quant}
+    facts |= {"twin_of": name} if command == "twin" else {}
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="edgeseq-gpu-", dir=options.out.parent) as work, shapes_alone():
         export, extra = Path(work) / "export", ["--calibrate", "0"] if quant == "int4" else []
-        _in_process("export", source, "-o", export, "--dtype", dtype, "--quant", quant, "--chunk", "64",
-                    "--context", options.context, *extra)  # fmt: skip
+        _in_process(command, source, "-o", export, "--dtype", dtype, "--quant", quant, "--chunk", "64",
+                    "--context", context, *extra)  # fmt: skip
         _in_process("compile", export, "--target", options.target, "-o", Path(work) / "case" / "gpu")
         case = Path(work) / "case"
-        (case / "expect.json").write_text(json.dumps({"prompt": [1, 2, 3]} | _facts(case / "gpu")))
+        (case / "expect.json").write_text(json.dumps(facts | _facts(case / "gpu")))
         _slim(case)
         strip(case / "gpu")
         shutil.move(case, out)
@@ -241,23 +293,26 @@ def _choose(out: Path, tokens: list[int], bound: float) -> None:
     (out / "expect.json").write_text(json.dumps(best[1] | _facts(out / "gpu")))
 
 
-def hand_made(out: Path, code: bytes | None = None) -> None:
+def hand_made(out: Path, code: bytes | None = None, target: str = "cuda-sm90") -> None:
     """The runtime's own test model: its kernels by nvcc, so that little of the compiler is in it. code: other images,
     for a driver that is none."""
     shutil.rmtree(out, ignore_errors=True)
-    p = cuda_bundle.parts(threads=THREADS)
-    cuda_bundle.code(p, code or images((HERE / "handmade.cu").read_text(), (90,)))
-    zig = [*build.ZIG, "-target", SHARED, "-fno-sanitize=all"]
+    there, p = resolve(target), cuda_bundle.parts(threads=THREADS)
+    assert there.gpu is not None
+    cuda_bundle.code(p, code or images((HERE / "handmade.cu").read_text(), there.gpu.sm))
+    zig = [*build.ZIG, "-target", there.shared, "-fno-sanitize=all"]
     cuda_bundle.bundle(out / "gpu", p, tuple(zig))
     (out / "host").mkdir()
     (out / "host" / "model.edgeseq").write_bytes(handmade.parts().build())
-    build.program(out / "host" / "libmodel.so", build.KERNELS, ["-O2", "-fPIC", "-shared"], compiler=zig)
+    library, flags = out / "host" / "libmodel.so", ["-O2", "-fPIC", "-shared"]
+    build.program(library, build.KERNELS, flags)
     reference, tokens = handmade.Reference(), [int(t) for t in np.random.default_rng(3).integers(0, handmade.V, 12)]
     logits = np.stack([reference.step(t) for t in tokens]).astype(np.float32)
     from safetensors.numpy import save_file
 
     save_file({"tokens": np.array(tokens, np.int64), "logits": logits}, out / "gpu" / "golden.safetensors")
     _choose_hand_made(out, tokens, 1e-5 * float(np.abs(logits).max()))
+    build.program(library, build.KERNELS, flags, compiler=zig)  # for the machine that it goes to
     print(out.name, flush=True)
 
 

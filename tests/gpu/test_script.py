@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,25 @@ def test_made_up_states_are_taken(bundle: Path, monkeypatch: pytest.MonkeyPatch,
     session.step(1)
     session.close()
     model.close()
+
+
+def test_a_twin_tells_from_which_depth_it_is_the_slower_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    import run
+
+    for name, facts in (("m-fp16-none", {}), ("m-fp16-none.twin", {"twin_of": "m-fp16-none"}), ("other", {})):
+        (tmp_path / name / "gpu").mkdir(parents=True)
+        (tmp_path / name / "expect.json").write_text(json.dumps(facts))
+    assert run.twin_depths({"twin_of": "m"})[-1] == 131072 and not run.twin_depths({})
+
+    def speed(case: str, rate: float, depths: dict[str, float]) -> dict[str, Any]:
+        return {"case": case, "check": "speed", "measured": {"tokens_per_second": rate, "at_depth": depths}}
+
+    rates = {"1024": 900.0, "4096": 490.0, "2048": 600.0}
+    made = [speed("m-fp16-none", 500.0, {}), speed("m-fp16-none.twin", 1000.0, rates), speed("other", 1.0, {})]
+    (found,) = run.crossovers(made, run.cases([tmp_path]))
+    assert found["case"] == "m-fp16-none.twin" and "faster from 4096 on" in found["note"]
+    assert "1024: 900, 2048: 600, 4096: 490" in found["note"]
+    (found,) = run.crossovers([made[0], speed("m-fp16-none.twin", 1000.0, {"1024": 900.0})], run.cases([tmp_path]))
+    assert "the twin is faster at all of them" in found["note"]
+    assert run.crossovers(made[:1], run.cases([tmp_path])) == [], "a twin that failed is told of elsewhere"

@@ -528,7 +528,7 @@ def test_numbers_and_names_are_those_of_nvidias_header(tmp_path: Path) -> None:
 
 
 def test_the_gpu_script_checks_a_bundle(fake: cb.Fake, tmp_path: Path) -> None:
-    from tests.gpu.prepare import hand_made
+    from tests.gpu.prepare import carry, hand_made
 
     names = cb.counts(cb.parts())
     hand_made(tmp_path / "cases" / "handmade", cb.archive([(cb.CUBIN, 90, cb.cubin(names))]))
@@ -537,6 +537,11 @@ def test_the_gpu_script_checks_a_bundle(fake: cb.Fake, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" ok ") == 9 and "0 failed" in done.stdout
+    carry(tmp_path / "cases")
+    alone = [str(tmp_path / "cases" / "run"), "--tokens", "4", "--only", "greedy"]
+    there = {"cwd": tmp_path, "env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
+    done = subprocess.run(alone, capture_output=True, text=True, check=False, **there)  # type: ignore[call-overload]
+    assert done.returncode == 0 and "1 results, 0 failed" in done.stdout, done.stdout + done.stderr
     expect = tmp_path / "cases" / "handmade" / "expect.json"
     expect.write_text(expect.read_text().replace('"tokens": [', '"tokens": [0, ', 1))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
