@@ -40,8 +40,10 @@ _HINTS = {
 def load(bundle: str | Path, threads: int | None = None, cores: Sequence[int] = (), poison: bool = False) -> Model:
     """Open a bundle directory.
 
-    threads: size of the pool, the caller counting as one; None = one per core that this process may use.
-    cores:   pin thread i to cores[i % len]; the calling thread itself is pinned only by `Model.pin_caller()`.
+    threads: size of the pool, the caller counting as one; None = as many as the bundle's profile says, else one per
+             core that this process may use.
+    cores:   pin thread i to cores[i % len]; () = where the profile says, if anywhere. The calling thread itself is
+             pinned only by `Model.pin_caller()`.
     poison:  for tests, fill the scratch memory with NaN before every graph.
     Raises BundleError when the bundle is incomplete or malformed, RuntimeFailure when this machine cannot run it.
     """

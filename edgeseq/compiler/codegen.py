@@ -22,6 +22,7 @@ class KernelSet:
     def __init__(self, target: Target) -> None:
         self.target = TvmTarget(self._tvm(target))
         self.features = target.features
+        self.cores, self.pin = target.cores, target.pin
         self.names: dict[KernelRef | GenericRef, str] = {}
         self.grids: dict[str, int] = {}
         self.pointers: dict[str, int] = {}
@@ -88,9 +89,10 @@ class KernelSet:
         lines += [
             f"static const es_kernel_entry kernels[] = {{\n    {entries}\n}};",
             f"static const char *const features[] = {{{features}}};",
+            f"static const int32_t cores[] = {{{', '.join(map(str, self.pin)) or '-1'}}};",
             "const es_kernel_table es_linked_kernels = {",
             f"    (uint32_t)sizeof(es_kernel_table), {plan_id}u, {len(self.pointers)}u, {len(self.features)}u,",
-            "    kernels, features};",
+            f"    kernels, features, {self.cores or len(self.pin)}, {len(self.pin)}u, cores}};",
         ]
         path.write_text("\n".join(lines) + "\n")
 

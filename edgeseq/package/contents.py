@@ -43,7 +43,7 @@ class Contents:
         if self.on_gpu:
             table = (
                 "/* The kernels are in the model's file. */\nconst es_kernel_table es_linked_kernels = {\n"
-                f"    (uint32_t)sizeof(es_kernel_table), {self.plan_id}u, 0u, 0u, 0, 0}};\n"
+                f"    (uint32_t)sizeof(es_kernel_table), {self.plan_id}u, 0u, 0u, 0, 0, 0, 0u, 0}};\n"
             )
         (folder / "edgeseq.c").write_text(amalgamation(self.plan.backend) + table)
         shutil.copyfile(C_DIR / "include" / "edgeseq.h", folder / "edgeseq.h")

@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto
 
 import edgeseq
+from edgeseq.bundle.reader import BundleFile
 from edgeseq.compiler import compile_export
 from edgeseq.errors import CompileError, EdgeseqError, UsageError
 from edgeseq.spec import GraphFile, Manifest
@@ -258,3 +259,24 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     largest = 4096 * 4096 * 4
     assert (tmp_path / "large.bundle" / "model.edgeseq").stat().st_size > LAYERS * largest
     assert (large - small) * 1024 < 4 * largest, f"{small >> 10} MiB, then {large >> 10} MiB"
+
+
+def test_threads_and_cores_of_the_profile_travel(small: Path, tmp_path: Path) -> None:
+    """META and the kernel table carry them; the binding runs them unless it is told another number."""
+    profile = tmp_path / "pinned.toml"
+    core = min(os.sched_getaffinity(0))
+    words = ['description = "here"', 'triple = "auto"', 'cpu = "auto"', "cores = 1", f"pin = [{core}]"]
+    profile.write_text("\n".join([*words, "[transport]", 'kind = "local"']))
+    bundle = compile_export(small, str(profile), tmp_path / "bundle")
+    with BundleFile(bundle) as file:
+        assert (file.plan.target["cores"], file.plan.target["pin"]) == (1, [core])
+    with edgeseq.load(bundle) as model:
+        assert model.info.threads == 1
+        before = os.sched_getaffinity(0)
+        try:
+            model.pin_caller()
+            assert os.sched_getaffinity(0) == {core}
+        finally:
+            os.sched_setaffinity(0, before)
+    with edgeseq.load(bundle, threads=2) as model:
+        assert model.info.threads == 2

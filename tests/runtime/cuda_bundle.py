@@ -89,7 +89,7 @@ def bundle(directory: Path, p: Parts, compiler: tuple[str, ...] = ("gcc",)) -> P
     table = directory / "table.c"
     table.write_text(
         "#include <edgeseq.h>\nconst es_kernel_table es_linked_kernels = "
-        f"{{(uint32_t)sizeof(es_kernel_table), 0x{p.plan_id:08x}u, 0, 0, 0, 0}};\n"
+        f"{{(uint32_t)sizeof(es_kernel_table), 0x{p.plan_id:08x}u, 0, 0, 0, 0, 0, 0, 0}};\n"
     )
     objects = build.core(("-O2", "-fPIC", "-DES_WITH_CUDA"), compiler)
     flags = ["-O2", "-fPIC", "-shared", "-ldl"]

@@ -81,7 +81,7 @@ class GpuKernelSet(KernelSet):
         path.write_text(
             '#include "edgeseq.h"\n\n'
             "const es_kernel_table es_linked_kernels = {\n"
-            f"    (uint32_t)sizeof(es_kernel_table), {plan_id}u, 0u, 0u, 0, 0}};\n"
+            f"    (uint32_t)sizeof(es_kernel_table), {plan_id}u, 0u, 0u, 0, 0, 0, 0u, 0}};\n"
         )
 
 

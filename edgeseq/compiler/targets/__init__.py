@@ -43,6 +43,7 @@ class Target:
                faster than one.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
     platform:  "android" where code has to keep to its rules; else empty.
+    cores:     threads to run unless the caller says another number; 0 is one per core. pin: cores to pin them to.
     bandwidth: what the device's memory moves by its data sheet, 1e9 bytes per second (0 is unknown), and who says so.
     """
 
@@ -56,6 +57,8 @@ class Target:
     streams: int = 1
     gpu: Gpu | None = None
     platform: str = ""
+    cores: int = 0
+    pin: tuple[int, ...] = ()
     bandwidth: tuple[float, str] = (0.0, "")
 
     @property
@@ -72,6 +75,10 @@ class Target:
             facts["gpu"] = {k: v for k, v in asdict(self.gpu).items() if v}
         if self.platform:
             facts["platform"] = self.platform
+        if self.cores:
+            facts["cores"] = self.cores
+        if self.pin:
+            facts["pin"] = list(self.pin)
         if self.bandwidth[0]:
             facts["peak_bandwidth_gbs"], facts["bandwidth_source"] = self.bandwidth
         return facts
@@ -92,7 +99,8 @@ def resolve(name: str) -> Target:
         raise CompileError(f"{name}: no code generator for {arch}", f"known: {', '.join(families())}")
     target: Target = importlib.import_module(f"{__name__}.{arch}").make(profile)
     platform = "android" if profile.triple.endswith("-android") else ""
-    target = replace(target, platform=platform, bandwidth=(profile.peak_bandwidth_gbs, profile.bandwidth_source))
+    bandwidth = (profile.peak_bandwidth_gbs, profile.bandwidth_source)
+    target = replace(target, platform=platform, cores=profile.cores, pin=profile.pin, bandwidth=bandwidth)
     return gpu.make(profile, target) if profile.gpu else target
 
 

@@ -10,7 +10,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 enum { LARGEST_SESSION = 1 << 24, LONGEST_PROMPT = 600, MOST_KERNELS = 1000 };
 
-const es_kernel_table es_linked_kernels = {(uint32_t)sizeof(es_kernel_table), 0, 0, 0, NULL, NULL};
+const es_kernel_table es_linked_kernels = {(uint32_t)sizeof(es_kernel_table), 0, 0, 0, NULL, NULL, 0, 0, NULL};
 
 static void nothing(void *const *args, int32_t begin, int32_t end)
 {

@@ -155,6 +155,10 @@ typedef struct es_kernel_table {
     uint32_t n_features;
     const es_kernel_entry *kernels;
     const char *const *features; /* instruction sets the kernels use, see es_cpu_has */
+    /* From the device's profile, for what es_options leaves open. */
+    int32_t n_threads; /* 0 = as many as cores */
+    uint32_t n_cores;  /* 0 = not pinned */
+    const int32_t *cores;
 } es_kernel_table;
 
 extern const es_kernel_table es_linked_kernels;
@@ -173,10 +177,11 @@ typedef struct es_model es_model;
 typedef struct es_options {
     uint32_t struct_size;
     uint32_t flags;
-    int32_t n_threads; /* the caller counts as one; 0 = as many as the cores this process may use */
+    int32_t
+        n_threads; /* the caller counts as one; 0 = as the kernel table says, at most one per core of this process */
     uint32_t spin; /* polls of an idle thread before it sleeps; 0 = sleep at once */
     const int32_t *cores; /* thread i of the pool runs on cores[i % n_cores]; see es_pin_caller */
-    uint32_t n_cores; /* 0 = not pinned */
+    uint32_t n_cores; /* 0 = where the kernel table says, if this process may run on all of these; else not pinned */
     const es_kernel_table *kernels; /* NULL = es_linked_kernels */
 } es_options;
 #define ES_SPIN_DEFAULT 20000u

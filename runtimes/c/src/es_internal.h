@@ -164,6 +164,8 @@ ES_LOCAL void es_i_pool_stop(es_i_pool *pool);
 ES_LOCAL void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32_t grid);
 ES_LOCAL uint32_t es_i_cores(void);
 ES_LOCAL int es_i_pin_self(int32_t core);
+/* 1 when the system lets this process run on the core. */
+ES_LOCAL int es_i_may_run_on(int32_t core);
 
 /* ---- Model and session ---- */
 

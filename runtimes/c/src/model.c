@@ -67,6 +67,21 @@ static es_status es_i_model_read(es_model *model, const void *data, size_t bytes
     return es_i_table_check(plan, &model->crc, model->kernels, why);
 }
 
+/* What the caller leaves open, the profile of the device decides, as far as this process has such cores. */
+static void es_i_profile_apply(const es_kernel_table *table, es_options *options)
+{
+    int32_t cores = (int32_t)es_i_cores();
+    if (options->n_threads == 0 && table->n_threads > 0)
+        options->n_threads = table->n_threads < cores ? table->n_threads : cores;
+    if (options->n_cores > 0)
+        return;
+    for (uint32_t i = 0; i < table->n_cores; i++)
+        if (!es_i_may_run_on(table->cores[i]))
+            return;
+    options->cores = table->cores;
+    options->n_cores = table->n_cores;
+}
+
 /* The device, or the threads. On a GPU the caller is the only thread. */
 static es_status es_i_model_start(es_model *model, const char *path, es_options *options, es_error *why)
 {
@@ -74,6 +89,8 @@ static es_status es_i_model_start(es_model *model, const char *path, es_options 
         return es_i_fail(why, ES_E_THREAD, "a mutex cannot be made");
     if (model->backend != NULL)
         options->n_threads = 1;
+    else
+        es_i_profile_apply(model->kernels, options);
     es_status status = es_i_pool_start(&model->pool, options, why);
     if (status == ES_OK && model->backend != NULL) {
         status = model->backend->open(&model->plan, path, options, &model->device, why);

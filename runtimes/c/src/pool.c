@@ -43,6 +43,18 @@ uint32_t es_i_cores(void)
     return n > 0 ? (uint32_t)n : 1;
 }
 
+int es_i_may_run_on(int32_t core)
+{
+#if defined(__linux__)
+    cpu_set_t set;
+    return core >= 0 && core < CPU_SETSIZE && sched_getaffinity(0, sizeof set, &set) == 0 &&
+           CPU_ISSET((size_t)core, &set) != 0;
+#else
+    (void)core;
+    return 0;
+#endif
+}
+
 int es_i_pin_self(int32_t core)
 {
 #if defined(__linux__)

@@ -82,4 +82,7 @@ const es_kernel_table es_linked_kernels = {(uint32_t)sizeof(es_kernel_table),
                                            7,
                                            (uint32_t)(sizeof features / sizeof *features) - 1,
                                            entries,
-                                           features};
+                                           features,
+                                           0,
+                                           0,
+                                           NULL};

@@ -3,6 +3,7 @@
  * a GPU, what is about kernel tables is left out, and a session has no threads to vary. */
 #include "../src/es_internal.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -217,6 +218,47 @@ static void tables_that_do_not_belong(const char *path)
     EXPECT(es_cpu_has("made-up") == -1 && es_cpu_has(NULL) == -1);
 }
 
+/* Threads of a model opened with this table, and whether its caller was pinned to `core`. */
+static void opened(const char *path, const es_kernel_table *table, int32_t threads, uint32_t expected, int32_t core)
+{
+    es_options options = ES_OPTIONS_INIT;
+    es_model_info info = ES_MODEL_INFO_INIT;
+    es_model *model = NULL;
+    cpu_set_t before, now;
+    options.kernels = table;
+    options.n_threads = threads;
+    EXPECT(sched_getaffinity(0, sizeof before, &before) == 0);
+    EXPECT(es_model_open(path, &options, &model, NULL) == ES_OK);
+    EXPECT(es_model_get_info(model, &info) == ES_OK && info.n_threads == expected);
+    EXPECT(es_pin_caller(model) == ES_OK && sched_getaffinity(0, sizeof now, &now) == 0);
+    EXPECT(core < 0 ? CPU_EQUAL(&before, &now) : CPU_COUNT(&now) == 1 && CPU_ISSET((size_t)core, &now));
+    EXPECT(sched_setaffinity(0, sizeof before, &before) == 0);
+    EXPECT(es_model_close(&model) == ES_OK);
+}
+
+/* What the profile says of threads and cores holds where the caller says nothing and the machine has them. */
+static void threads_of_the_profile(const char *path)
+{
+    int32_t mine[2] = {0, CPU_SETSIZE};
+    es_kernel_table table = es_linked_kernels;
+    uint32_t cores = es_i_cores();
+    while (!es_i_may_run_on(mine[0]))
+        mine[0]++;
+    opened(path, &table, 0, cores, -1);
+    table.n_threads = 1;
+    opened(path, &table, 0, 1, -1);
+    opened(path, &table, 2, 2, -1);
+    table.n_threads = ES_THREADS_MAX;
+    opened(path, &table, 0, cores < ES_THREADS_MAX ? cores : ES_THREADS_MAX, -1);
+    table.n_threads = 1;
+    table.cores = mine;
+    table.n_cores = 1;
+    opened(path, &table, 0, 1, mine[0]);
+    opened(path, &table, 3, 3, mine[0]);
+    table.n_cores = 2; /* one of them is not there */
+    opened(path, &table, 0, 1, -1);
+}
+
 int main(int argc, char **argv)
 {
     es_model *model = NULL;
@@ -239,6 +281,7 @@ int main(int argc, char **argv)
     if (!gpu) {
         outputs_are_skipped(argv[1]);
         tables_that_do_not_belong(argv[1]);
+        threads_of_the_profile(argv[1]);
     }
     if (failures == 0)
         puts("ok");
