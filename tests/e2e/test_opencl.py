@@ -10,6 +10,8 @@ import pytest
 import edgeseq.cli as cli
 from edgeseq import models
 from edgeseq.bundle.reader import BundleFile
+from edgeseq.models.mamba import MambaConfig
+from edgeseq.models.source import random_source
 from edgeseq.runtime import load
 from edgeseq.spec import Manifest
 from exporters import export
@@ -130,7 +132,9 @@ def test_prompts_on_tensor_cores_are_what_they_were(
     """Chunks go through `halves` and `mma`, steps do not; both equal PyTorch within the tolerance of all others."""
     dtype, quant = storage.split(":")
     (tmp_path / "emulated.toml").write_text(TENSOR_CORES)
-    export(bundles.random_model("mamba"), tmp_path / "export", context=64, chunks=(4,), dtype=dtype, quant=quant)
+    wide = MambaConfig(64, 64, 1, 128, d_state=4, dt_rank=4)  # as matrices have to be to be quantised
+    source = random_source("wide", models.families()["mamba"], wide)
+    export(source, tmp_path / "export", context=64, chunks=(4,), dtype=dtype, quant=quant)
     assert edgeseq("compile", tmp_path / "export", "--target", tmp_path / "emulated.toml", "-o", tmp_path / "b") == 0
     capfd.readouterr()
     assert edgeseq("verify", tmp_path / "b") == 0

@@ -203,11 +203,17 @@ def reduce_all(k: Kernel, value: Expr, op: Callable[[Expr, Expr], Expr], scratch
     return let(total)
 
 
+def rows_scratch(k: Kernel, each: int, stride: int) -> Buffer:
+    """Shared memory that `reduce_rows` takes: where a warp adds up within itself, what its first threads have found."""
+    lanes = k.threads // k.warp * stride if k.warp and stride <= k.warp else k.threads
+    return shared(lanes * each)
+
+
 def reduce_rows(k: Kernel, registers: Buffer, each: int, stride: int, scratch: Buffer) -> Callable[[Expr], Expr]:
     """Sums over the threads whose number has the same rest by `stride` (a power of two), `each` registers a thread.
 
     Returns total(o): sum number o = rest * each + register, valid for every thread until the next barrier.
-    scratch: shared, k.threads * each elements.
+    scratch: `rows_scratch`, or shared memory of k.threads * each elements.
     """
     if k.warp and stride <= k.warp:
         mask = k.warp // 2

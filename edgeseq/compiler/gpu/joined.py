@@ -15,7 +15,7 @@ from typing import Any
 
 from ..tvm_api import T
 from . import Built, linear, linear_q
-from ._emit import Expr, Kernel, kernel, local, reduce_rows, shared, zero
+from ._emit import Expr, Kernel, kernel, local, reduce_rows, rows_scratch, zero
 
 MODULES: dict[str, Any] = {"linear": linear, "linear_q": linear_q}
 
@@ -59,7 +59,7 @@ def build(name: str, p: Joined, gpu: Any) -> Built:
         acc = local(each)
         zero(acc, each)
         _choose(k.block, starts, [partial(g.accumulate, acc) for g in products])
-        total = reduce_rows(k, acc, each, across, shared(threads * each))
+        total = reduce_rows(k, acc, each, across, rows_scratch(k, each, across))
         _choose(k.block, starts, [partial(g.finish, total) for g in products])
     return Built(k.func, grid, threads)
 

@@ -25,6 +25,7 @@ from ._emit import (
     local,
     power_of_two,
     reduce_rows,
+    rows_scratch,
     shared,
     silu,
     store,
@@ -128,7 +129,7 @@ def run_gemv(k: Kernel, gemv: Any) -> None:
     acc = local(gemv.each)
     zero(acc, gemv.each)
     gemv.accumulate(acc)
-    gemv.finish(reduce_rows(k, acc, gemv.each, gemv.across, shared(k.threads * gemv.each)))
+    gemv.finish(reduce_rows(k, acc, gemv.each, gemv.across, rows_scratch(k, gemv.each, gemv.across)))
 
 
 class Gemv:
