@@ -3,12 +3,14 @@
     python scripts/quality.py zoo:tiny-mamba zoo:tiny-retnet zoo:tiny-transformer
     python scripts/quality.py zoo:mamba-130m --tokens 256
     python scripts/quality.py zoo:tiny-mamba --formats "int4,int4 head too,int4 uncalibrated,int4 unsearched"
+    python scripts/quality.py zoo:tiny-mamba zoo:tiny-gpt2 --summary
 
 Byte-level models: bits per byte of the held-out sample that ships with the tiny models, in windows of 256 bytes that
 each start from a fresh state with the byte before them given. Every model: mean divergence KL(reference || stored) in
 nats per token, and how often both choose the same likeliest token; the reference is the runtime at fp32, on the
 sample or, for other models, on seeded random tokens. PyTorch and onnxruntime compute with the weights as stored and
-float32 activations; the runtime rounds the activations of quantised products to int8.
+float32 activations; the runtime rounds the activations of quantised products to int8. `--summary` prints one row a
+model, its bits per byte in the runtime.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4 calibrated": {"quant": "int4", "calibrate": 4096},
     "int4 unsearched": {"quant": "int4", "calibrate": 0},
 }
+SUMMARY = ("fp32", "fp16", "bf16", "int8", "int4")
 USUAL = ("fp32", "fp16", "bf16", "int8", "int4", "int4 uncalibrated")
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
     "int4 head too": (quantise, "HEAD_SHARE", 0.0),
@@ -56,28 +59,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("--tokens", type=int, default=16384, help="how much of the sample, or how many random tokens")
-    parser.add_argument("--formats", default=",".join(USUAL), help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--formats", help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--summary", action="store_true", help="byte-level models: one row each, bits in the runtime")
     parser.add_argument("--work", type=Path, help="keep exports and bundles here")
     options = parser.parse_args()
-    wanted = options.formats.split(",")
-    print("| model | matrices | weights, bytes | PyTorch | onnxruntime | runtime | KL, nats | same choice |")
-    print("|---|---|---|---|---|---|---|---|")
+    usual = SUMMARY if options.summary else USUAL
+    wanted = options.formats.split(",") if options.formats else usual
+    columns = ("matrices", "weights, bytes", "PyTorch", "onnxruntime", "runtime", "KL, nats", "same choice")
+    _print_row("model", *(wanted if options.summary else columns))
+    _print_row(*["---"] * (len(wanted if options.summary else columns) + 1))
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         for source in options.sources:
-            _table(source, wanted, options.tokens, work)
+            (_summary if options.summary else _table)(source, wanted, options.tokens, work)
+
+
+def _print_row(*cells: str) -> None:
+    print("|" + "|".join(c if c == "---" else f" {c} " for c in cells) + "|", flush=True)
+
+
+def _exported(source: str, name: str, work: Path) -> tuple[Path, Path]:
+    """Folders of the export and of the bundle, made where they do not exist."""
+    folder = work / f"{source.replace(':', '-').replace('/', '-')}-{name.replace(' ', '-')}"
+    if not (folder / "manifest.json").is_file():
+        with _left_out(name):
+            export(source, folder, chunks=(), context=WINDOW, **FORMATS[name])
+    bundle = folder.with_suffix(".bundle")
+    if not bundle.is_dir():
+        edgeseq.compile(folder, "host", bundle)
+    return folder, bundle
+
+
+def _summary(source: str, wanted: Sequence[str], tokens: int, work: Path) -> None:
+    windows, bits = _sample(tokens), []
+    for name in wanted:
+        with edgeseq.load(_exported(source, name, work)[1]) as model:
+            bits.append(_bits(_log_probabilities(model.session(), windows), windows))
+    _print_row(f"`{source}`", *(f"{b:.4f}" for b in bits))
 
 
 def _table(source: str, wanted: Sequence[str], tokens: int, work: Path) -> None:
     reference: Array | None = None
     for name in ("fp32", *(f for f in wanted if f != "fp32")):
-        folder = work / f"{source.replace(':', '-').replace('/', '-')}-{name.replace(' ', '-')}"
-        if not (folder / "manifest.json").is_file():
-            with _left_out(name):
-                export(source, folder, chunks=(), context=WINDOW, **FORMATS[name])
-        bundle = folder.with_suffix(".bundle")
-        if not bundle.is_dir():
-            edgeseq.compile(folder, "host", bundle)
+        folder, bundle = _exported(source, name, work)
         text = load_manifest(folder).tokenizer == "bytes"
         windows = _sample(tokens) if text else _random_windows(tokens, load_manifest(folder).vocab_size)
         with edgeseq.load(bundle) as model:
@@ -91,7 +115,7 @@ def _table(source: str, wanted: Sequence[str], tokens: int, work: Path) -> None:
         divergence = float((np.exp(reference) * (reference - ours)).sum(-1).mean())
         same = float((reference.argmax(-1) == ours.argmax(-1)).mean())
         size = (folder / "weights.safetensors").stat().st_size
-        print(f"| `{source}` | {name} | {size} | {' | '.join(figures)} | {divergence:.5f} | {same:.4f} |", flush=True)
+        _print_row(f"`{source}`", name, str(size), *figures, f"{divergence:.5f}", f"{same:.4f}")
 
 
 @contextmanager

@@ -55,6 +55,12 @@ class LinearTransformerConfig:
             )
 
 
+def phi(x: Tensor) -> Tensor:
+    """elu(x) + 1 as x + 1 or e^x: e^x - 1 + 1 would keep nothing of a small e^x, and z may consist of such."""
+    positive = F.relu(x)
+    return torch.exp(x - positive) + positive
+
+
 class LinearTransformerMixer(Mixer):
     """Linear attention with the feature map elu + 1; parameters as in the module docstring."""
 
@@ -70,7 +76,7 @@ class LinearTransformerMixer(Mixer):
         """q, k [B,T,H*K] and [v, 1] [B,T,H*(V+1)]."""
         v = self.v_proj(h).unflatten(-1, (self.c.n_heads, self.c.d_value))
         one = torch.cat([v, torch.ones_like(v[..., :1])], -1).flatten(-2)
-        return F.elu(self.q_proj(h)) + 1.0, F.elu(self.k_proj(h)) + 1.0, one
+        return phi(self.q_proj(h)), phi(self.k_proj(h)), one
 
     def out(self, o: Tensor) -> Tensor:
         """Divide by the last column of each head and project."""

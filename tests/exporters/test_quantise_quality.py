@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from exporters import export, golden
 ROOT = Path(__file__).parents[2]
 TRAINED = [name for name in families() if (ZOO_WEIGHTS / f"tiny-{name}.safetensors").is_file()]
 SAMPLE = (ZOO_WEIGHTS / "held-out.txt").read_bytes()
-COSTS = {"int8": 0.001, "int4": 0.025}
+COSTS = {"int8": 0.0015, "int4": 0.03}
 """Bits per byte that rounding may cost."""
 
 
@@ -28,6 +29,16 @@ def page_rows() -> dict[tuple[str, str], list[str]]:
         cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
         if len(cells) == 8 and cells[0].startswith("zoo:"):
             rows[cells[0], cells[1]] = cells
+    return rows
+
+
+def summary_rows() -> dict[str, dict[str, float]]:
+    """model -> matrices -> bits per byte in the runtime, of the page's table of all trained models."""
+    rows: dict[str, dict[str, float]] = {}
+    for line in (ROOT / "docs" / "quantisation.md").read_text().splitlines():
+        model, *cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        if model.startswith("zoo:tiny-") and len(cells) == 5:
+            rows[model] = dict(zip(("fp32", "fp16", "bf16", "int8", "int4"), map(float, cells), strict=True))
     return rows
 
 
@@ -47,6 +58,7 @@ def test_rounding_costs_little(family: str, quant: str, tmp_path: Path) -> None:
     rounded = stored_bits(name, tmp_path / "export")
     assert verify(tmp_path / "export", live=True).ok, "PyTorch built again takes the weights as stored"
     assert rounded - exact < COSTS[quant]
+    assert rounded == pytest.approx(summary_rows()[name][quant], abs=0.003)
     row = page_rows().get((name, quant))
     if row is not None:
         assert rounded == pytest.approx(float(row[3]), abs=0.003)
@@ -74,3 +86,13 @@ def test_the_page_has_every_format_of_every_model_it_names() -> None:
         exact = float(rows[model, "fp32"][3])
         for matrices in ("fp16", "bf16", "int8", "int4", "int4 uncalibrated"):
             assert -0.002 < float(rows[model, matrices][5]) - exact < 0.04
+
+
+def test_the_page_sums_up_every_trained_model() -> None:
+    rows = summary_rows()
+    assert set(rows) == {f"zoo:tiny-{family}" for family in TRAINED}
+    for family in TRAINED:
+        bits = rows[f"zoo:tiny-{family}"]
+        recorded = json.loads((ZOO_WEIGHTS / f"tiny-{family}.json").read_text())["sample_bits_per_byte"]
+        assert bits["fp32"] == pytest.approx(recorded, abs=1e-3)
+        assert all(-0.002 < bits[matrices] - bits["fp32"] < COSTS["int4"] for matrices in bits)
