@@ -183,7 +183,9 @@ class Lowering:
             return False
         op, params = maker.kernel.op, maker.kernel.params
         only = all(n.op in QUANTISED_PRODUCTS for n in self.graph.consumers[x.name])
-        if getattr(params, "quant", 0) is not None or (op != "causal_conv" and not only):
+        if getattr(params, "quant", 0) is not None or not getattr(params, "quantises", True):
+            return False
+        if op != "causal_conv" and not only:
             return False
         kept = maker.args if op == "causal_conv" else tuple(a for a in maker.args if a.value is not x)
         maker.kernel = KernelRef(op, replace(params, quant=zero))

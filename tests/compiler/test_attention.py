@@ -17,6 +17,7 @@ from edgeseq.ops.sparse_attention import sparse_attention
 
 from .library import ON, AnyLibrary, library_on, ref, refs, unset
 from .test_kernels import Draw, close
+from .test_quantised import empty, rounded_to
 
 WIDE = (12, 2)
 CHUNKS = [
@@ -44,9 +45,22 @@ DRAWN = [
     CachedAttention(1, 2, 1, 5, 10, 10, 5, 5, 0.3, ring=True, prefix=4),
 ]
 
+QUANTISED = [
+    CachedAttention(1, 4, 2, 32, 90, 128, 64, 64, 0.2, quant=8),
+    CachedAttention(1, 1, 1, 96, 70, 96, 96, 96, 0.1, ring=True, prefix=5, quant=0),
+    CachedAttention(5, 12, 2, 32, 40, 384, 64, 70, 0.2, ring=True, prefix=3, block=2, blocks=3, seed=4, quant=8),
+    CachedAttention(1, 6, 2, 64, 300, 384, 128, 128, 0.1, parts=4),
+]
+"""The last one's merge is what writes int8 blocks."""
+ON_GPUS = [
+    CachedAttention(5, 12, 2, 32, 40, 384, 64, 70, 0.2, quant=8),
+    CachedAttention(5, 12, 2, 32, 40, 384, 64, 70, 0.2, ring=True, quant=0),
+]
+"""Whose chunks on a CPU are `AttentionChunk`."""
 
-def merge_of(p: CachedAttention) -> AttentionMerge:
-    return AttentionMerge(p.H, p.d, p.parts)
+
+def merge_of(p: CachedAttention, quant: int | None = None) -> AttentionMerge:
+    return AttentionMerge(p.H, p.d, p.parts, quant)
 
 
 @pytest.fixture(scope="module", params=ON)
@@ -55,7 +69,9 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     mine = (item for item in request.session.items if getattr(item, "module", None) is request.module)
     chosen = [item.callspec.params for item in mine if hasattr(item, "callspec")]
     found = [PARTS[0], *(params["p"] for params in chosen if "p" in params)]
-    merges = [merge_of(p) for p in found if p in PARTS]
+    merges = [merge_of(p) for p in found if p in PARTS] + [
+        merge_of(p, 8) for p in found if p in QUANTISED and p.parts > 1
+    ]
     return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(dict.fromkeys([*found, *merges])))
 
 
@@ -98,13 +114,21 @@ class Case:
     def run(self, library: AnyLibrary, p: AttentionChunk | CachedAttention) -> np.ndarray:
         """The output; the caches are checked."""
         parts = getattr(p, "parts", 1)
-        out = unset(p.T, p.H * p.d) if parts == 1 else unset(p.H * parts * (p.d + 2))
-        shifts = [*self.draw.shifts(5), 0, *self.draw.shifts(1)]
-        arrays = [self.q, self.k, self.v, *self.past, self.at, out]
-        *caches, o = library.call(ref(p), arrays, "rrrmmrw", shifts, int(self.at[0]) % 97)
-        for got, want in zip(caches, self.present, strict=True):
+        return self.written(library, p, [unset(p.T, p.H * p.d) if parts == 1 else unset(p.H * parts * (p.d + 2))])[0]
+
+    def written(self, library: AnyLibrary, p: Any, outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """All outputs; the caches are checked."""
+        shifts = [
+            *self.draw.shifts(5),
+            0,
+            *([0] if len(outputs) > 1 else self.draw.shifts(1)),
+            *[0] * (len(outputs) - 1),
+        ]
+        arrays = [self.q, self.k, self.v, *self.past, self.at, *outputs]
+        key, value, *found = library.call(ref(p), arrays, "rrrmmr" + "w" * len(outputs), shifts, int(self.at[0]) % 97)
+        for got, want in zip((key, value), self.present, strict=True):
             assert np.array_equal(got, want, equal_nan=True)
-        return o
+        return found
 
 
 def sizes(p: AttentionChunk | CachedAttention) -> str:
@@ -135,6 +159,19 @@ def test_a_prefix_and_a_reservoir_at_every_edge(library: AnyLibrary, p: CachedAt
     for position in [*positions(p, 2), *range(p.N, p.N + 12)]:
         case = Case(p, position)
         close(case.run(library, p), case.want)
+
+
+@pytest.mark.parametrize("p", some_slow([*QUANTISED, *ON_GPUS], (0, 3)), ids=sizes)
+def test_the_answer_as_int8_blocks(library: AnyLibrary, p: CachedAttention) -> None:
+    """By the attention itself or, of parts, by their merge."""
+    for position in positions(p, 3):
+        case = Case(p, position)
+        if p.parts > 1:
+            partial = case.run(library, p)
+            found, zero = library.call(ref(merge_of(p, 8)), [partial, *empty(1, p.H * p.d)], "rwww"), 8
+        else:
+            found, zero = case.written(library, p, empty(p.T, p.H * p.d)), p.quant
+        rounded_to(found, case.want, zero)
 
 
 def test_parts_without_rows_weigh_nothing(library: AnyLibrary) -> None:

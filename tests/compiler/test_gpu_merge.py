@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,43 @@ from numpy.typing import NDArray
 
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.compiler.gpu.batch import Batch
+from edgeseq.compiler.gpu.cached_attention import FusedAttention
 from edgeseq.compiler.gpu.joined import Joined
 from edgeseq.compiler.gpu.linear import FusedLinear
 from edgeseq.compiler.gpu.linear_q import FusedLinearQ
-from edgeseq.compiler.gpu.merge import _may_move
+from edgeseq.compiler.gpu.merge import _may_move, merge
 from edgeseq.compiler.gpu.selective_scan import FusedScan
+from edgeseq.compiler.graph import load_graph
 from edgeseq.compiler.ir import Arg, Call, KernelRef, Storage, Value
+from edgeseq.compiler.kernels.attention_merge import AttentionMerge
+from edgeseq.compiler.kernels.cached_attention import CachedAttention
+from edgeseq.compiler.kernels.copy import Copy
+from edgeseq.compiler.kernels.glu import Glu
+from edgeseq.compiler.kernels.linear import Linear
 from edgeseq.compiler.kernels.linear_q import LinearQ
+from edgeseq.compiler.kernels.rms_norm import RmsNorm
 from edgeseq.compiler.kernels.rotary import Rotary
+from edgeseq.compiler.kernels.selective_scan import SelectiveScan
+from edgeseq.compiler.lowering import Lowering, Memory
 from edgeseq.compiler.pack import pack
+from edgeseq.compiler.targets import resolve
+from edgeseq.manifest import load_manifest
+from edgeseq.models import families
+from edgeseq.models.mamba import MambaConfig
+from edgeseq.models.mistral import MistralConfig
+from edgeseq.models.source import random_source
+from edgeseq.models.transformer import TransformerConfig
+from edgeseq.ops import standard
 from edgeseq.ops.selective_scan import selective_scan
+from edgeseq.ops.sparse_attention import sparse_attention
 from edgeseq.verify.tolerances import tolerance
+from exporters import export
 from tests import bundles
 
 from .library import DeviceLibrary, unset
+from .test_attention import sizes
 from .test_kernels import Draw
-from .test_quantised import empty, rounded, weights
+from .test_quantised import empty, rounded, rounded_to, weights
 
 K, EPS = 70, 1e-3
 NORMED = [
@@ -51,7 +73,16 @@ JOINED_Q = Joined(
     "linear_q", (LinearQ(1, 40, K, 4, "dp4a"), LinearQ(1, 7, 200, 4, "dp4a"), LinearQ(1, 33, K, 8, "dp4a"))
 )
 ROTATED = Batch((("rotary", Rotary(1, 4, 32, 128, False)), ("rotary", Rotary(1, 1, 32, 32, False))))
-OPS = {FusedLinear: "linear", FusedLinearQ: "linear_q", FusedScan: "selective_scan", Joined: "joined", Batch: "batch"}
+TURNED = [
+    FusedAttention(1, 4, 2, 20, 70, 80, 40, 40, 0.2),
+    FusedAttention(1, 6, 1, 32, 70, 192, 32, 32, 0.2, ring=True, prefix=3, quant=8, interleaved=True),
+    FusedAttention(1, 6, 3, 6, 300, 36, 18, 18, 0.3, parts=3, interleaved=True),
+    FusedAttention(1, 6, 1, 10, 15, 60, 10, 10, 0.3, ring=True, prefix=3, block=2, blocks=3, seed=4),
+]
+OPS = {
+    FusedLinear: "linear", FusedLinearQ: "linear_q", FusedScan: "selective_scan", Joined: "joined", Batch: "batch",
+    FusedAttention: "cached_attention", AttentionMerge: "attention_merge",
+}  # fmt: skip
 
 
 def ref(p: Any) -> KernelRef:
@@ -60,8 +91,9 @@ def ref(p: Any) -> KernelRef:
 
 @pytest.fixture(scope="module")
 def device() -> DeviceLibrary:
-    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, JOINED, JOINED_Q, ROTATED]
-    return DeviceLibrary([(ref(p), len(p.args)) for p in every])
+    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, JOINED, JOINED_Q, ROTATED, *TURNED]
+    merges = [AttentionMerge(p.H, p.d, p.parts) for p in TURNED if p.parts > 1]
+    return DeviceLibrary([(ref(p), len(p.args)) for p in [*every, *merges]])
 
 
 def close(got: NDArray, want: NDArray) -> None:
@@ -144,11 +176,7 @@ def test_a_gate_of_quantised_products(device: DeviceLibrary, p: FusedLinearQ) ->
     if p.quant is None:
         close(found[0], want)
         return
-    codes, scales, sums = found
-    blocks = codes.reshape(-1, 32).astype(np.int64)
-    assert np.array_equal(sums.reshape(-1), -p.quant * blocks.sum(1))
-    error = np.abs((blocks * scales.reshape(-1, 1)).reshape(-1) - want)
-    assert (error <= np.repeat(scales.reshape(-1), 32) * 0.501).all()
+    rounded_to(found, want, p.quant)
 
 
 @pytest.mark.parametrize("p", SCANS, ids=str)
@@ -211,6 +239,41 @@ def test_rotations_that_share_a_launch(device: DeviceLibrary) -> None:
         close(y, np.concatenate([a * c - b * s, b * c + a * s], axis=1))
 
 
+def turned(x: NDArray, cos: NDArray, sin: NDArray, interleaved: bool) -> NDArray:
+    """Heads x [H,d] rotated in float64."""
+    a, b = (x[:, 0::2], x[:, 1::2]) if interleaved else np.split(x, 2, axis=1)
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    return np.stack(parts, -1).reshape(x.shape) if interleaved else np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("p", TURNED, ids=sizes)
+@pytest.mark.parametrize("position", [0, 1, 9, 14])
+def test_an_attention_that_rotates(device: DeviceLibrary, p: FusedAttention, position: int) -> None:
+    d = Draw(position)
+    angle, (q, k, v) = d.normal(p.d // 2), (d.normal(h, p.d) for h in (p.H, p.Hk, p.Hk))
+    cos, sin = np.cos(angle), np.sin(angle)
+    past = [d.normal(p.Hk, p.N, p.d) for _ in "kv"]
+    at = np.array([position], np.int64)
+    given = [turned(x.astype(np.float64), cos, sin, p.interleaved).reshape(1, 1, -1) for x in (q, k)]
+    rest = (v.reshape(1, 1, -1).astype(np.float64), past[0][None], past[1][None], at, p.H, p.Hk, p.scale)
+    if p.ring:
+        want, *present = sparse_attention(*given, *rest, p.prefix, p.block, p.blocks, p.seed)
+    else:
+        want, *present = standard.cached_attention(*given, *rest)
+    outputs = [unset(p.H * p.d)] if p.parts == 1 else [unset(p.H * p.parts * (p.d + 2))]
+    outputs = outputs if p.quant is None else empty(1, p.H * p.d)
+    arrays = [q, k, v, *past, at, cos, sin, *outputs]
+    key, value, *found = device.call(ref(p), arrays, "rrrmmrrr" + "w" * len(outputs))
+    for got, expected in zip((key, value), present, strict=True):
+        close(got, expected)
+    if p.parts > 1:
+        found = device.call(ref(AttentionMerge(p.H, p.d, p.parts)), [found[0], unset(p.H, p.d)], "rw")
+    if p.quant is None:
+        close(found[0], want)
+    else:
+        rounded_to(found, want, p.quant)
+
+
 def call(reads: list[Storage], writes: list[Storage]) -> Call:
     def arg(s: Storage, access: Any) -> Arg:
         return Arg(Value(s.name, "float32", (4,), s), access)
@@ -228,7 +291,51 @@ def test_a_call_moves_only_past_what_it_does_not_touch() -> None:
     assert not _may_move([call([a], [b]), call([a], [state]), call([state], [d])], 0, 2), "it reads what is overwritten"
 
 
-@pytest.mark.parametrize(("family", "most"), [("mamba", 4), ("transformer", 7)])
+def reading_a_state(kind: str, written: bool) -> list[Call]:
+    """Calls that could become one, the first of which read a slot; written: that somebody overwrites behind them."""
+    slot = Value("s", "float32", (16,), Storage("state", "s", 64))
+    g, u, y, w, rate = (
+        Value(n, "float32", (16,), Storage(k, n, 64))
+        for n, k in (("g", "arena"), ("u", "arena"), ("y", "arena"), ("w", "weight"), ("w2", "weight"))
+    )
+
+    def made(op: str, params: Any, *values: Value, outputs: int = 1) -> Call:
+        last = len(values) - outputs
+        return Call(KernelRef(op, params), tuple(Arg(v, "r" if i < last else "w") for i, v in enumerate(values)))
+
+    product = Linear(1, 16, 16, 16)
+    write = [made("copy", Copy(16, "float32"), u if kind == "norm" else y, slot)] if written else []
+    if kind == "norm":
+        return [made("rms_norm", RmsNorm(1, 16, 16, EPS, False), slot, g), *write, made("linear", product, g, w, y)]
+    if kind == "gate":
+        makers = [made("linear", product, slot, w, g), made("linear", product, slot, rate, u)]
+        return [*makers, *write, made("glu", Glu(1, 16, 16, 16), g, u, y)]
+    if kind == "step sizes":
+        scan = SelectiveScan(1, 16, 1, 16, 16, 1, 1)
+        others = [Value(a, "float32", (16,), Storage("arena", a, 64)) for a in scan.args]
+        values = [g if a == "dt" else v for a, v in zip(scan.args, others, strict=True)]
+        return [made("linear", product, slot, w, g), *write, made("selective_scan", scan, *values)]
+    turn, angles = Rotary(1, 1, 16, 16, False), (w, rate)
+    key, value, position = (Value(n, "float32", (16,), Storage("state", n, 64)) for n in ("k", "v", "p"))
+    attention = made(
+        "cached_attention", CachedAttention(1, 1, 1, 16, 1, 16, 16, 16, 1.0), g, u, w, key, value, position, y
+    )
+    return [made("rotary", turn, slot, *angles, g), made("rotary", turn, slot, *angles, u), *write, attention]
+
+
+@pytest.mark.parametrize("kind", ["norm", "gate", "step sizes", "rotations"])
+def test_what_reads_a_state_stays_before_who_overwrites_it(kind: str) -> None:
+    gpu = resolve("opencl").gpu
+    free, bound = reading_a_state(kind, False), reading_a_state(kind, True)
+    merge(free, gpu)
+    assert len(free) == 1, "nothing is in the way"
+    merge(bound, gpu)
+    writer = next(i for i, c in enumerate(bound) if any(a.value.name == "s" and a.access == "w" for a in c.args))
+    readers = [i for i, c in enumerate(bound) if any(a.value.name == "s" and a.access == "r" for a in c.args)]
+    assert readers and max(readers) < writer
+
+
+@pytest.mark.parametrize(("family", "most"), [("mamba", 4), ("transformer", 6)])
 def test_launches_of_a_layer(family: str, most: int) -> None:
     """Norms, convolutions, gates, rotations and step sizes cost no launch of their own."""
     with BundleFile(bundles.bundled(family, "opencl"), check_weights=False) as file:
@@ -237,3 +344,29 @@ def test_launches_of_a_layer(family: str, most: int) -> None:
     layers = max(counts.values())
     once = sum(n for n in counts.values() if n < layers)
     assert sum(counts.values()) - once <= most * layers, counts
+
+
+COUNTED = {
+    "mamba": MambaConfig(61, 64, 3, 128, d_state=4, dt_rank=4),
+    "transformer": TransformerConfig(61, 64, 3, 4, 2, 32, 128),
+    "mistral": MistralConfig(61, 64, 3, 4, 2, 32, 128, window=16),
+}
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"),
+    [("int8", "fp32"), *(pytest.param(*s, marks=pytest.mark.slow) for s in (("int4", "fp32"), ("none", "fp16")))],
+)
+@pytest.mark.parametrize("family", COUNTED)
+def test_at_most_eight_launches_of_a_layer(family: str, quant: str, dtype: str, tmp_path: Path) -> None:
+    """From the calls of the step graph: those of the middle layer, by what its neighbours begin with."""
+    source = random_source(f"random-{family}", families()[family], COUNTED[family])
+    export(source, tmp_path / "export", quant=quant, dtype=dtype, context=64, chunks=[], calibrate=0)
+    manifest, target = load_manifest(tmp_path / "export"), resolve("opencl")
+    lowering = Lowering(load_graph(tmp_path / "export" / manifest.step.file), manifest.step.signature, Memory(), target)
+    calls = lowering.run()
+    merge(calls, target.gpu)
+    writes = [max((a.value.name for a in c.args if a.access != "r"), key=lambda n: "layers." in n) for c in calls]
+    found = {f".{i}.": [n for n in writes if f"layers.{i}." in n] for i in range(3)}
+    assert all(found.values()) and len(found[".1."]) == len(found[".2."])
+    assert len(found[".1."]) <= 8, writes

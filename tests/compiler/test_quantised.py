@@ -87,6 +87,16 @@ def empty(t: int, k: int) -> list[NDArray]:
     return [unset(t, n * BLOCK, dtype="int8"), unset(t, n), unset(t, n, dtype="int32")]
 
 
+def rounded_to(found: list[NDArray], want: NDArray, zero: int) -> None:
+    """Codes, scales and offsets of int8 blocks are those of `want`, whose rows are whole blocks."""
+    codes, scales, offsets = found
+    parts, tops = codes.reshape(-1, BLOCK).astype(np.int64), np.abs(want.reshape(-1, BLOCK)).max(1)
+    assert np.array_equal(offsets.reshape(-1), -zero * parts.sum(1))
+    np.testing.assert_allclose(scales.reshape(-1) * 127, tops, rtol=1e-4, atol=1e-6)
+    error = np.abs(parts * scales.reshape(-1, 1).astype(np.float64) - want.reshape(-1, BLOCK))
+    assert (error <= scales.reshape(-1, 1) * 0.501 + 1e-6).all()
+
+
 def named(params: list[Any]) -> Any:
     names = [f"{i}-{type(p).__name__}-" + "-".join(map(str, vars(p).values())) for i, p in enumerate(params)]
     return pytest.mark.parametrize("p", params, ids=names)

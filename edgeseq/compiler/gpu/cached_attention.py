@@ -10,11 +10,13 @@ overwrites rows that its first tokens still see (a ring, a reservoir), one block
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from edgeseq.ops.sparse_attention import FACTORS, MODULUS, SHIFTS
 
-from ..kernels.cached_attention import NEVER, CachedAttention
+from ..kernels.cached_attention import NEVER, CachedAttention, sizes_of
 from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
@@ -36,6 +38,7 @@ from ._emit import (
     when,
     zero,
 )
+from ._quantise import BLOCK, blocks, write_block
 
 QUERIES = 4
 LANES = 8  # threads of a key
@@ -46,6 +49,18 @@ SPAN = 8  # scores that a thread compares at least
 AHEAD = 8  # rows of V asked for at a time
 
 
+@dataclass(frozen=True)
+class FusedAttention(CachedAttention):
+    """A step that rotates its queries and its key itself (see kernels/rotary), by cos, sin [d/2]."""
+
+    interleaved: bool = False
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        own = super().args
+        return (*own[:6], "cos", "sin", *own[6:])
+
+
 def parts_of(heads: int, kv_heads: int, rows: int) -> int:
     """Ranges into which the cache of a step is cut."""
     blocks = kv_heads * blocks_of(heads // kv_heads, QUERIES)
@@ -53,20 +68,15 @@ def parts_of(heads: int, kv_heads: int, rows: int) -> int:
 
 
 def build(name: str, p: CachedAttention, gpu: Any) -> Built:
-    cache, group = p.Hk * p.N * p.d, p.H // p.Hk
-    result = p.T * p.H * p.d if p.parts == 1 else p.H * p.parts * (p.d + 2)
-    sizes = [
-        ("float32", (p.T - 1) * p.ldq + p.H * p.d), ("float32", (p.T - 1) * p.ldk + p.Hk * p.d),
-        ("float32", (p.T - 1) * p.ldv + p.Hk * p.d), ("float32", cache), ("float32", cache), ("int64", 1),
-        ("float32", result),
-    ]  # fmt: skip
+    group = p.H // p.Hk
     in_order = p.ring and (p.T > 1 or p.blocks > 0)
     alone = p.T == 1 and p.parts == 1
     queries = 1 if alone else min(QUERIES, group if in_order else group * p.T)
     threads = min(gpu.threads, 1024 if alone else 256)
     tiles = blocks_of(group if in_order else group * p.T, queries)
     grid = p.Hk * (1 if in_order else tiles * p.parts)
-    with kernel(name, [(a, *s) for a, s in zip(p.args, sizes, strict=True)], grid, threads, gpu) as k:
+    sizes = sizes_of(p) | dict.fromkeys(("cos", "sin"), ("float32", p.d // 2))
+    with kernel(name, [(a, *sizes[a]) for a in p.args], grid, threads, gpu) as k:
         attention = _Attention(k, p, queries)
         if in_order:
             loop(p.T, lambda t: _in_order(attention, t, tiles))
@@ -129,6 +139,8 @@ def _in_order(a: _Attention, t: Expr, tiles: int) -> None:
     sync_memory()
 
     def some(first: Expr) -> None:
+        if tiles > 1:
+            sync()  # what the queries before these have met in is free
         heads = [let(a.head * a.group + T.min(first + r, a.group - 1)) for r in range(a.queries)]
         a.start([t] * a.queries, heads)
         held = T.Cast("int32", T.min(token + 1, T.int64(p.N)))
@@ -188,7 +200,7 @@ class _Attention:
                 at = r * self.each + e
                 store(self.q, at, f32(0.0))
                 with when(inside):
-                    store(self.q, at, self.k["q"][t * self.p.ldq + h * self.p.d + i] * f32(self.p.scale))
+                    store(self.q, at, self._new("query", t * self.p.ldq + h * self.p.d, i) * f32(self.p.scale))
         zero(self.acc, self.queries * self.columns)
         zero(self.top, self.queries, NEVER)
         zero(self.total, self.queries)
@@ -237,7 +249,7 @@ class _Attention:
             if inside is not True:
                 store(row, e, f32(0.0))
             with when(inside):
-                store(row, e, k[name][base + i])
+                store(row, e, self._new(name, base, i))
         for r in range(self.queries):
             dot = self.q[r * self.each] * row[0]
             for e in range(1, self.each):
@@ -324,6 +336,12 @@ class _Attention:
             column = c * self.width + self.column
             sums = self._across(self.acc, self.columns, c)
             for r, (t, h) in enumerate(zip(tokens, heads, strict=True)):
+                if p.quant is not None:
+                    inside = T.And(self.sharer == 0, column < p.d)
+                    inside = inside if exists[r] is True else T.And(inside, exists[r])
+                    at = t * blocks(p.H * p.d) + (h * p.d + column) // BLOCK
+                    write_block(k, at, sums[r] / totals[r], p.quant, self.meet, inside)
+                    continue
                 start = t * (p.H * p.d) + h * p.d if p.parts == 1 else (h * p.parts + part) * (p.d + 2)
                 with when(exists[r]), when(T.And(self.sharer == 0, column < p.d)):
                     store(k["o"], start + column, sums[r] / totals[r] if p.parts == 1 else sums[r])
@@ -353,7 +371,24 @@ class _Attention:
         """Key and value of token t to a row of the cache."""
         k, p = self.k, self.p
         for new, ld, cache in (("k", p.ldk, "past_k"), ("v", p.ldv, "past_v")):
-            self.move(k[cache], self.head * p.N + row, k[new], t * ld + self.head * p.d)
+            to, start = (self.head * p.N + row) * p.d, t * ld + self.head * p.d
+            strided(k, p.d, partial(self._place, k[cache], to, new, start))
+
+    def _place(self, to: Buffer, at: Expr, name: str, start: Expr, i: Expr) -> None:
+        store(to, at + i, self._new(name, start, i))
+
+    def _new(self, name: str, start: Expr, i: Expr) -> Expr:
+        """Element i of the head that begins at `start`: of a query or new key rotated, where that is left to this
+        kernel; of all else what it is."""
+        x, p = self.k[name], self.p
+        if not isinstance(p, FusedAttention) or name not in ("query", "k"):
+            return x[start + i]
+        i, half = T.int32(i) if isinstance(i, int) else let(i), p.d // 2
+        first = i % 2 < 1 if p.interleaved else i < half
+        apart, pair = (1, i // 2) if p.interleaved else (half, i % half)
+        other = x[start + tirx.Select(first, i + apart, i - apart)]
+        sine = self.k["sin"][pair]
+        return x[start + i] * self.k["cos"][pair] + other * tirx.Select(first, f32(0.0) - sine, sine)
 
     def move(self, to: Buffer, row: Expr, source: Buffer, start: Expr) -> None:
         strided(self.k, self.p.d, lambda i: store(to, row * self.p.d + i, source[start + i]))

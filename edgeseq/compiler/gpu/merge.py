@@ -1,4 +1,5 @@
-"""Fewer launches of one token: norms into the products that read them, a convolution and a scan's step sizes likewise.
+"""Fewer launches of one token: norms into the products that read them, a convolution, a scan's step sizes and an
+attention's rotations likewise.
 
 At one token a launch costs a GPU about as long as reading a megabyte, and these have next to nothing to do. Of many
 tokens, products of 16-bit weights go to tensor cores.
@@ -11,13 +12,16 @@ from typing import Any
 
 from ..ir import Arg, Call, KernelRef, Value
 from ..kernels._quantise import OUTPUTS
+from ..kernels.cached_attention import CachedAttention
 from ..kernels.causal_conv import CausalConv
 from ..kernels.glu import Glu
 from ..kernels.linear import Linear
 from ..kernels.linear_q import LinearQ
 from ..kernels.rms_norm import RmsNorm
+from ..kernels.rotary import Rotary
 from ..kernels.selective_scan import SelectiveScan
 from .batch import Batch, build_part
+from .cached_attention import FusedAttention
 from .joined import MODULES, Joined
 from .linear import FusedLinear, fields_of
 from .linear_q import INPUTS, FusedLinearQ
@@ -39,6 +43,8 @@ def merge(calls: list[Call], gpu: Any) -> None:
                 _norm(calls, call, params)
             elif type(params) is SelectiveScan and params.T == 1:
                 _step_sizes(calls, call, params)
+            elif type(params) is CachedAttention and params.T == 1:
+                _rotations(calls, call, params)
     for call in list(calls):
         if isinstance(call.kernel, KernelRef) and isinstance(call.kernel.params, CausalConv):
             _conv(calls, call, call.kernel.params)
@@ -71,6 +77,13 @@ def _become(call: Call, op: str, params: Any, named: dict[str, Arg]) -> None:
     call.args = tuple(named[name] for name in params.args)
 
 
+def _may_wait(calls: list[Call], call: Call, for_: Call) -> bool:
+    """Whether `call` would read the same where `for_` stands: what it reads is not written in between."""
+    reads = {a.value.storage for a in call.args if a.access != "w"}
+    between = calls[calls.index(call) + 1 : calls.index(for_)]
+    return not any(a.value.storage in reads for c in between for a in c.args if a.access != "r")
+
+
 def _own(value: Value) -> bool:
     """Only the calls of this graph see it."""
     return value.storage.kind == "arena"
@@ -95,10 +108,12 @@ def _products(calls: list[Call], value: Value, width: int) -> list[Call] | None:
 
 def _norm(calls: list[Call], call: Call, p: RmsNorm) -> None:
     y, x = call.args[-1].value, call.args[0]
-    if p.R != 1 or p.quant is not None or not _own(y) or not _own(x.value):
+    if p.R != 1 or p.quant is not None or not _own(y):
         return
     products = _products(calls, y, p.D)
-    if not products or any(isinstance(c.kernel.params, FusedLinear) and c.kernel.params.norm for c in products):
+    if not products or not all(_may_wait(calls, call, c) for c in products):
+        return
+    if any(isinstance(c.kernel.params, FusedLinear) and c.kernel.params.norm for c in products):
         return
     for product in products:
         fused = FusedLinear(**fields_of(product.kernel.params) | {"norm": True, "norm_weight": p.weight, "eps": p.eps})
@@ -118,12 +133,35 @@ def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
     q = product.kernel.params if isinstance(product.kernel, KernelRef) else None
     if type(q) is not Linear or q.M != p.D or q.K > MOST_RANK or q.bias or q.residual or q.act != "none":
         return
-    if q.wdtype not in ("float32", "float16", "bfloat16"):
+    if q.wdtype not in ("float32", "float16", "bfloat16") or not _may_wait(calls, product, scan):
         return
     fused = FusedScan(**fields_of(p), dt_rank=q.K, dt_wdtype=q.wdtype)
     dt_from = {"dt_r": _argument(product, "x"), "dt_w": _argument(product, "w")}
     _become(scan, "selective_scan", fused, _named(scan) | dt_from)
     calls.remove(product)
+
+
+def _rotations(calls: list[Call], attention: Call, p: CachedAttention) -> None:
+    """Of a step's queries and its key, by the same angles."""
+    named, turned = _named(attention), []
+    for name, heads in (("query", p.H), ("k", p.Hk)):
+        y = named[name].value
+        writers = _writers(calls, y)
+        r = writers[0].kernel.params if len(writers) == 1 and isinstance(writers[0].kernel, KernelRef) else None
+        if not isinstance(r, Rotary) or (r.H, r.d) != (heads, p.d) or not _own(y) or _readers(calls, y) != [attention]:
+            return
+        if _argument(writers[0], "y").value.offset != y.offset or not _may_wait(calls, writers[0], attention):
+            return
+        turned.append((writers[0], _named(writers[0])))
+    (first, of_q), (second, of_k) = turned
+    places = [[(n[a].value.storage, n[a].value.offset) for a in ("cos", "sin")] for n in (of_q, of_k)]
+    if places[0] != places[1] or first.kernel.params.interleaved != second.kernel.params.interleaved:
+        return
+    fused = FusedAttention(**fields_of(p), interleaved=first.kernel.params.interleaved)
+    named |= {"query": of_q["x"], "k": of_k["x"], "cos": of_q["cos"], "sin": of_q["sin"]}
+    _become(attention, "cached_attention", fused, named)
+    calls.remove(first)
+    calls.remove(second)
 
 
 def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
@@ -168,6 +206,8 @@ def _glu(calls: list[Call], call: Call, p: Glu) -> None:
     if a is None or a != b or a.bias or a.residual or a.act != "none" or a.M != p.M:
         return
     if any(_readers(calls, v) != [call] for v in (g, u)) or _inputs(first) != _inputs(second):
+        return
+    if not all(_may_wait(calls, maker, call) for maker in (first, second)):
         return
     named, other = _named(first), _named(second)
     if isinstance(a, LinearQ):

@@ -23,6 +23,7 @@ from ..tvm_api import T, tirx
 from . import Built
 from ._emit import LANES, Expr, Kernel, fill, horizontal_sum, kernel, let, load, local, loop, pieces, splat, store
 from ._lanes import horizontal_max, sums_of_sixteen
+from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 TILE = 64
 NEVER = -1.0e30
@@ -38,7 +39,7 @@ class CachedAttention:
     ring: the cache holds the last tokens and no longer grows: `prefix` first ones stay, behind the ring are `blocks`
     blocks of `block` tokens drawn by `seed`; without either it holds the last N.
     parts: ranges of rows that blocks share (T = 1, no reservoir); then the last argument is [H, parts, d + 2]:
-    accumulator, m, l.
+    accumulator, m, l. quant: write int8 blocks for weights of this zero point instead of o (see `quantises`).
     """
 
     T: int
@@ -56,7 +57,16 @@ class CachedAttention:
     blocks: int = 0
     seed: int = 0
     parts: int = 1
-    args = ("q", "k", "v", "past_k", "past_v", "position", "o")
+    quant: int | None = None
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        return ("query", "k", "v", "past_k", "past_v", "position", *(("o",) if self.quant is None else OUTPUTS))
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it could write int8 blocks: they are whole within a head."""
+        return self.parts == 1 and self.d % BLOCK == 0
 
 
 def parts_of(kv_heads: int, rows: int) -> int:
@@ -66,19 +76,23 @@ def parts_of(kv_heads: int, rows: int) -> int:
 
 def build(name: str, p: CachedAttention) -> Built:
     assert p.parts == 1 or (p.T == 1 and not p.blocks), "only a step without a reservoir is cut into parts"
-    cache = p.Hk * p.N * p.d
-    params = [
-        ("q", "float32", (p.T - 1) * p.ldq + p.H * p.d),
-        ("k", "float32", (p.T - 1) * p.ldk + p.Hk * p.d),
-        ("v", "float32", (p.T - 1) * p.ldv + p.Hk * p.d),
-        ("past_k", "float32", cache),
-        ("past_v", "float32", cache),
-        ("position", "int64", 1),
-        ("o", "float32", p.T * p.H * p.d if p.parts == 1 else p.H * p.parts * (p.d + 2)),
-    ]
-    with kernel(name, params) as kern:
+    with kernel(name, [(a, *sizes_of(p)[a]) for a in p.args]) as kern:
         loop(p.T, _Head(kern, p).query)
     return Built(kern.func, p.Hk * p.parts)
+
+
+def sizes_of(p: CachedAttention) -> dict[str, tuple[str, int]]:
+    """dtype and elements of every argument by its name."""
+    cache = p.Hk * p.N * p.d
+    return {
+        "query": ("float32", (p.T - 1) * p.ldq + p.H * p.d),
+        "k": ("float32", (p.T - 1) * p.ldk + p.Hk * p.d),
+        "v": ("float32", (p.T - 1) * p.ldv + p.Hk * p.d),
+        "past_k": ("float32", cache),
+        "past_v": ("float32", cache),
+        "position": ("int64", 1),
+        "o": ("float32", p.T * p.H * p.d if p.parts == 1 else p.H * p.parts * (p.d + 2)),
+    } | output_params(p.T, p.H * p.d)
 
 
 class _Head:
@@ -153,7 +167,7 @@ class _Head:
                 k0 = let(self.base + (first + T.min(j0 * LANES + j, count - 1)) * p.d)
                 store(self.partial, j * LANES, splat(0.0))
                 for i, lanes in pieces(p.d):
-                    product = load(self.kern["q"], q0 + i, lanes) * load(self.kern["past_k"], k0 + i, lanes)
+                    product = load(self.kern["query"], q0 + i, lanes) * load(self.kern["past_k"], k0 + i, lanes)
                     store(self.partial, j * LANES, load(self.partial, j * LANES, lanes) + product, lanes)
             sums = sums_of_sixteen(self.partial) * splat(p.scale)
             behind = T.ramp(j0 * LANES, 1, LANES) < T.broadcast(count, LANES)
@@ -178,19 +192,26 @@ class _Head:
                 store(self.acc, g * self.width + i, load(self.registers, n * LANES, lanes), lanes)
 
     def _finish(self, t: Expr, g: Expr) -> None:
-        p, out = self.p, self.kern["o"]
+        p = self.p
         head = self.index * self.group + g
         if p.parts > 1:
-            start = let((head * p.parts + self.part) * (p.d + 2))
+            out, start = self.kern["o"], let((head * p.parts + self.part) * (p.d + 2))
             for i, lanes in pieces(p.d):
                 store(out, start + i, load(self.acc, g * self.width + i, lanes), lanes)
             T.buffer_store(out, self.m[g], [start + p.d])
             T.buffer_store(out, self.total[g], [start + p.d + 1])
             return
         inverse = let(T.float32(1.0) / self.total[g])
+        if p.quant is not None:
+            first = let(t * blocks(p.H * p.d) + head * (p.d // BLOCK))
+            for b in range(p.d // BLOCK):
+                at = g * self.width + b * BLOCK
+                low, high = (let(load(self.acc, at + i) * splat(inverse)) for i in (0, LANES))
+                write_block(self.kern, first + b, low, high, p.quant)
+            return
         start = let(t * (p.H * p.d) + head * p.d)
         for i, lanes in pieces(p.d):
-            store(out, start + i, load(self.acc, g * self.width + i, lanes) * splat(inverse, lanes), lanes)
+            store(self.kern["o"], start + i, load(self.acc, g * self.width + i, lanes) * splat(inverse, lanes), lanes)
 
 
 def _ring_row(kern: Kernel, p: CachedAttention, head: Expr, token: Expr) -> Expr:
