@@ -65,7 +65,7 @@ def build(name: str, p: Linear) -> Built:
     }
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
         form = _gemv if p.T == 1 else _gemm
-        grid = split_rows(k, groups, p, lambda first, rows: form(k, p, groups, first, rows))
+        grid = split_rows(k, groups, p, lambda mine: form(k, p, groups, mine))
     return Built(k.func, grid)
 
 
@@ -83,23 +83,44 @@ def _weights(w: Buffer, offset: Expr, dtype: str) -> Expr:
     return raw
 
 
-def split_rows(k: Kernel, groups: int, p: Any, body: Callable[[Expr, int], None]) -> int:
-    """Emit `body(first_group, count)`: p.streams groups of rows a block of a GEMV, p.tile[1] of a GEMM. -> the grid.
+def split_rows(k: Kernel, groups: int, p: Any, body: Callable[[list[Expr]], None]) -> int:
+    """Emit `body(its groups of 16 rows)` for every block. Returns the grid.
 
-    A GEMV keeps at least six blocks for the threads to share.
+    A block of a GEMM has p.tile[1] neighbours. Of a GEMV the rows are cut into p.streams ranges, and block b has number
+    b of each: what a thread reads goes on from block to block, as prefetchers expect. At least six blocks are left for
+    the threads to share.
     """
-    most = min(p.streams, max(1, groups // 6)) if p.T == 1 else p.tile[1]
-    return split_blocks(k.block, groups, most, body)
+    if p.T > 1:
+        return split_blocks(k.block, groups, p.tile[1], lambda first, n: body([first + r for r in range(n)]))
+    streams = min(p.streams, max(1, groups // 6))
+    while streams * -(-groups // streams) - groups > -(-groups // streams):
+        streams -= 1
+    length = -(-groups // streams)
+    missing = streams * length - groups  # the last range is this much shorter
+
+    def block(n: int) -> None:
+        body([k.block + r * length for r in range(n)])
+
+    if not missing:
+        block(streams)
+    else:
+        with T.If(k.block < length - missing):
+            with T.Then():
+                block(streams)
+            with T.Else():
+                block(streams - 1)
+    return length
 
 
-def _gemv(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
-    """One block = `rows` groups of 16 rows, each a stream; independent accumulators hide the multiply-add's latency."""
+def _gemv(k: Kernel, p: Linear, groups: int, mine: list[Expr]) -> None:
+    """One block = a group of 16 rows of each stream; independent accumulators hide the multiply-add's latency."""
+    rows = len(mine)
     unroll = GEMV_UNROLL if p.K >= GEMV_UNROLL else 1
     chains = max(1, unroll // rows)
     acc = local(rows * chains * LANES)
     for i in range(rows * chains):
         store(acc, i * LANES, splat(0.0))
-    bases = [let((first + r) * (p.K * LANES)) for r in range(rows)]
+    bases = [let(group * (p.K * LANES)) for group in mine]
 
     def term(i: Expr, r: int, chain: int) -> None:
         product = _weights(k["w"], bases[r] + i * LANES, p.wdtype) * splat(k["x"][i])
@@ -113,9 +134,9 @@ def _gemv(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
     for i in range(p.K // unroll * unroll, p.K):
         for r in range(rows):
             term(i, r, 0)
-    for r in range(rows):
+    for r, group in enumerate(mine):
         _fold(acc, r * chains, chains)
-        guard_tail(first + r, groups, p.M, _finish(k, p, acc, r * chains * LANES, 0, first + r))
+        guard_tail(group, groups, p.M, _finish(k, p, acc, r * chains * LANES, 0, group))
 
 
 def _fold(acc: Buffer, first: int, chains: int) -> None:
@@ -128,8 +149,9 @@ def _fold(acc: Buffer, first: int, chains: int) -> None:
         chains -= half
 
 
-def _gemm(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
-    """One block = `rows` groups of 16 rows for all tokens, in tiles of tokens."""
+def _gemm(k: Kernel, p: Linear, groups: int, mine: list[Expr]) -> None:
+    """One block = some groups of 16 rows for all tokens, in tiles of tokens."""
+    rows = len(mine)
     step = -(-p.T // -(-p.T // p.tile[0]))
     acc = local(step * rows * LANES)
     for t0 in range(0, p.T, step):
@@ -137,16 +159,16 @@ def _gemm(k: Kernel, p: Linear, groups: int, first: Expr, rows: int) -> None:
         for i in range(tokens * rows):
             store(acc, i * LANES, splat(0.0))
         with T.serial(p.K) as i:
-            w = [let(_weights(k["w"], ((first + r) * p.K + i) * LANES, p.wdtype)) for r in range(rows)]
+            w = [let(_weights(k["w"], (group * p.K + i) * LANES, p.wdtype)) for group in mine]
             for t in range(tokens):
                 x = let(splat(k["x"][(t0 + t) * p.ldx + i]))
                 for r in range(rows):
                     at = (t * rows + r) * LANES
                     store(acc, at, load(acc, at) + w[r] * x)
         for t in range(tokens):
-            for r in range(rows):
+            for r, group in enumerate(mine):
                 at = (t * rows + r) * LANES
-                guard_tail(first + r, groups, p.M, _finish(k, p, acc, at, t0 + t, first + r))
+                guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
 
 
 def _finish(k: Kernel, p: Linear, acc: Buffer, at: int, t: int, group: Expr) -> Callable[[int], None]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tvm_api import T
 from . import Built
-from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, splat, store
+from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, prefetch, splat, store
 from ._quantise import BLOCK, blocks
 from ._tiles import accumulators, streams, variants
 from .linear import epilogue, guard_tail, split_rows
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..targets import Target
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
+AHEAD = {4: 2, 8: 1}
+"""Pairs that a GEMV of several streams asks for ahead, into the first cache: about 1100 bytes a stream."""
 GROUPS_OF_4 = BLOCK // 4
 
 
@@ -72,21 +74,22 @@ def build(name: str, p: LinearQ) -> Built:
         "y": ("float32", p.T * p.M),
     }
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
-        grid = split_rows(k, groups, p, lambda first, rows: _rows(k, p, groups, first, rows))
+        grid = split_rows(k, groups, p, lambda mine: _rows(k, p, groups, mine))
     return Built(k.func, grid)
 
 
-def _rows(k: Kernel, p: LinearQ, groups: int, first: Expr, rows: int) -> None:
-    """`rows` groups of rows from `first` for all tokens, in tiles of tokens."""
+def _rows(k: Kernel, p: LinearQ, groups: int, mine: list[Expr]) -> None:
+    """Some groups of rows for all tokens, in tiles of tokens."""
+    rows = len(mine)
     tokens = 1 if p.T == 1 else -(-p.T // -(-p.T // p.tile[0]))
     acc = local(tokens * rows * LANES)
     for t0 in range(0, p.T, tokens):
         tile = range(min(tokens, p.T - t0))
-        multiply_tile(k, p, acc, [t0 + t for t in tile], [first + r for r in range(rows)], blocks(p.K))
+        multiply_tile(k, p, acc, [t0 + t for t in tile], mine, blocks(p.K))
         for t in tile:
-            for r in range(rows):
+            for r, group in enumerate(mine):
                 at = (t * rows + r) * LANES
-                guard_tail(first + r, groups, p.M, _finish(k, p, acc, at, t0 + t, first + r))
+                guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
 
 
 def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: int, t: int, group: Expr):  # type: ignore[no-untyped-def]
@@ -143,6 +146,9 @@ def _products(
     body = 64 + half * (256 if p.bits == 4 else 512)
     for j in range(GROUPS_OF_4 // 2 if p.bits == 4 else GROUPS_OF_4):
         parts: list[tuple[int, list[Expr]]] = []
+        if p.T == 1 and len(bases) > 1:
+            for base in bases:
+                prefetch(k["w"], base + body + j * 64 + AHEAD[p.bits] * PAIR_BYTES[p.bits])
         raw = [_register(k["w"][T.ramp(base + body + j * 64, 1, 64)])[T.ramp(0, 1, 64)] for base in bases]
         if p.bits == 4:
             parts.append((j, [v & T.broadcast(T.uint8(15), 64) for v in raw]))
