@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -15,16 +16,25 @@ from edgeseq.errors import ExportError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.spec import GraphFile, Manifest
 
+FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
 
 class OrtModel:
     """Step and chunk graphs of `directory`; each is loaded on first use.
 
     chunks: which chunk graphs prefill may use; None means all, () the step alone (a large model then loads once).
+    accuracy_level: of quantised products; None multiplies in float32, 4 rounds activations to int8 and is faster.
     """
 
-    def __init__(self, directory: Path | str, threads: int | None = None, chunks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        threads: int | None = None,
+        chunks: Sequence[int] | None = None,
+        accuracy_level: int | None = None,
+    ) -> None:
         self.directory = Path(directory)
-        self.threads = threads
+        self.threads, self.accuracy_level = threads, accuracy_level
         self.manifest: Manifest = load_manifest(self.directory)
         wanted = {1, *chunks} if chunks is not None else {g.signature.tokens for g in self.manifest.graphs}
         self._graphs = {g.signature.tokens: g for g in self.manifest.graphs if g.signature.tokens in wanted}
@@ -47,13 +57,25 @@ class OrtModel:
                 options.intra_op_num_threads = self.threads
             try:
                 self._loaded[tokens] = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
+                    self._graph_for(path, options), options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise ExportError(
                     f"onnxruntime does not load {path}: {_first_line(error)}", "export the model again"
                 ) from error
         return self._loaded[tokens]
+
+    def _graph_for(self, path: Path, options: onnxruntime.SessionOptions) -> str | bytes:
+        """The file, or the graph with the accuracy level set; its weights stay where they are."""
+        if self.accuracy_level is None or self.manifest.quant == "none":
+            return str(path)
+        model = onnx.load(path, load_external_data=False)
+        for node in (*model.graph.node, *(n for f in model.functions for n in f.node)):
+            if node.op_type == "MatMulNBits":
+                node.attribute.append(onnx.helper.make_attribute("accuracy_level", self.accuracy_level))
+        options.add_session_config_entry(FOLDER_KEY, str(self.directory.absolute()))
+        graph: bytes = model.SerializeToString()
+        return graph
 
     def session(self) -> OrtSession:
         return OrtSession(self)

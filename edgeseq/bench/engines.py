@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from edgeseq.bundle.plan import Plan
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.errors import UsageError
 from edgeseq.runtime import load
-from edgeseq.verify.report import Array
+from edgeseq.spec import Manifest
+from edgeseq.verify.report import Array, Stage
 
 Placed = Literal["fresh", "prefill", "state"]
 PLACING_SECONDS = 20.0
@@ -33,6 +35,7 @@ class Engine(ABC):
 
     name: what rows call it. backend: of BACKENDS for a bundle, else the rival's name. plan: None for a rival, whose
     traffic is not counted. context: longest sequence, 0 = unbounded. gpu: the GPU that a bundle runs on, in a line.
+    placed: how the depth was reached.
     """
 
     plan: Plan | None = None
@@ -42,17 +45,73 @@ class Engine(ABC):
         self.name, self.backend, self.threads = name, backend, threads
         self.context, self.vocabulary = context, vocabulary
         self.placed: Placed = "fresh"
-        self._depth, self._spent = 0, 0.0
-        self._snapshot: Any = None
+        self._depth = 0
         self._rng = np.random.default_rng(SEED)
 
     def ids(self, n: int) -> Array:
         """Random tokens: what they are does not change how long they take."""
         return self._rng.integers(0, self.vocabulary, n, np.int32)
 
+    @abstractmethod
     def place(self, depth: int) -> None:
-        """Choose the depth that `restore` goes to: read on from the present depth while time allows, else load a
-        made-up state. `placed` says which it was."""
+        """Choose the depth that `restore` goes to."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put the stream at the chosen depth."""
+
+    @abstractmethod
+    def prefill(self, ids: Array) -> int:
+        """Nanoseconds to read the tokens, ending with the logits of the last."""
+
+    @abstractmethod
+    def decode(self, n: int) -> list[int]:
+        """Nanoseconds of each of n tokens, one by one; their sum alone where the engine does not tell them apart."""
+
+    def choose(self) -> int | None:
+        """The likeliest token after the logits that are there; None where the engine keeps them to itself."""
+        return None
+
+    def read_bandwidth(self, buffer: Array) -> float | None:
+        """Bytes per second that this engine's threads read from `buffer`; None for a rival."""
+        return None
+
+    def weights_bandwidth(self) -> float | None:
+        """The same from its own weights, which may lie in a cache."""
+        return None
+
+    def close(self) -> None:  # noqa: B027
+        """Release threads and memory; nothing to do where the collector does it."""
+
+
+class Rival(Engine):
+    """Another program that runs the same model.
+
+    source, model_id: of that model, as its manifest has them. columns: what a row says of the rival itself.
+    """
+
+    def __init__(
+        self, name: str, backend: str, threads: int, manifest: Manifest, columns: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(name, backend, threads, manifest.context, manifest.vocab_size)
+        self.source, self.model_id = manifest.source, manifest.model_id
+        self.columns: Mapping[str, Any] = columns or {}
+
+    def verified(self) -> list[Stage]:
+        """What it computes against what PyTorch said; nothing where it cannot be asked."""
+        return []
+
+
+class StreamEngine(Engine):
+    """A contender in this process, whose stream can be saved and loaded."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._spent = 0.0
+        self._snapshot: Any = None
+
+    def place(self, depth: int) -> None:
+        """Read on from the present depth while time allows, else load a made-up state. `placed` says which it was."""
         if depth == 0:
             self._depth, self._snapshot, self.placed = 0, None, "fresh"
             return
@@ -79,23 +138,10 @@ class Engine(ABC):
         return True
 
     def restore(self) -> None:
-        """Put the stream at the chosen depth."""
         if self._snapshot is None:
             self._reset()
         else:
             self._load(self._snapshot)
-
-    @abstractmethod
-    def prefill(self, ids: Array) -> int:
-        """Nanoseconds to read the tokens, ending with the logits of the last."""
-
-    @abstractmethod
-    def decode(self, n: int) -> list[int]:
-        """Nanoseconds of each of n tokens, one by one, the choice of the next one included."""
-
-    @abstractmethod
-    def choose(self) -> int:
-        """The likeliest token after the logits that are there."""
 
     @abstractmethod
     def _reset(self) -> None: ...
@@ -110,19 +156,8 @@ class Engine(ABC):
     def _made_up(self, depth: int) -> Any:
         """A snapshot as if `depth` tokens had been read."""
 
-    def read_bandwidth(self, buffer: Array) -> float | None:
-        """Bytes per second that this engine's threads read from `buffer`; None for a rival."""
-        return None
 
-    def weights_bandwidth(self) -> float | None:
-        """The same from its own weights, which may lie in a cache."""
-        return None
-
-    def close(self) -> None:  # noqa: B027
-        """Release threads and memory; nothing to do where the collector does it."""
-
-
-class BundleEngine(Engine):
+class BundleEngine(StreamEngine):
     """A bundle in the C runtime, on this machine."""
 
     def __init__(self, bundle: Path, threads: int | None) -> None:

@@ -35,8 +35,9 @@ class Meter(Protocol):
 class Samples:
     """What was measured of one test: one entry per repetition, nanoseconds and bytes per second.
 
-    token_ns: of every token of every repetition. read_bw: of a buffer larger than the cache, with the engine's own
-    threads, between the repetitions. weights_bw: of its weights, which may lie in a cache.
+    token_ns: of every token of every repetition, where the engine tells them apart. read_bw: of a buffer larger than
+    the cache, with the engine's own threads, between the repetitions. weights_bw: of its weights, which may lie in a
+    cache.
     """
 
     placed: Placed = "fresh"
@@ -96,12 +97,12 @@ def _repeat(engine: Engine, case: Case, record: Samples, meter: Meter, buffer: A
     if case.n_prompt:
         total = engine.prefill(ids)
         begin = time.perf_counter_ns()
-        engine.choose()
-        record.first_token_ns.append(total + time.perf_counter_ns() - begin)
+        if engine.choose() is not None:
+            record.first_token_ns.append(total + time.perf_counter_ns() - begin)
     else:
         tokens = engine.decode(case.n_gen)
         total = sum(tokens)
-        record.token_ns += tokens
+        record.token_ns += tokens if len(tokens) == case.n_gen else []
     record.total_ns.append(total)
     joules = meter.joules()
     if joules is not None:

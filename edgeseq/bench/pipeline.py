@@ -4,30 +4,32 @@
 |---|---|---|
 | tests | make_cases, check_context | cases.py |
 | verify | runtime_stages, device_stages | edgeseq/verify |
-| contenders | BundleEngine, OrtEngine, TorchEngine | engines.py, rivals.py |
+| contenders | BundleEngine, open_rivals | engines.py, against.py |
 | time | measure; measure_on_device | measure.py; device.py |
 | count | traffic | traffic.py |
 | rows | make_row | rows.py |
-| compare | crossover_rows, ratio_rows | crossover.py, here |
+| compare | crossover_rows, ratio_rows | crossover.py, against.py |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from devices.profile import Profile, load_profile
 from devices.transports import open_transport
 from edgeseq.bench import machine
+from edgeseq.bench.against import open_rivals, program_of, ratio_rows
 from edgeseq.bench.cases import Case, check_context, make_cases
 from edgeseq.bench.crossover import crossover_rows
 from edgeseq.bench.device import measure_on_device, peak_rss_bytes
-from edgeseq.bench.engines import BACKENDS, BundleEngine, Engine
+from edgeseq.bench.engines import BACKENDS, BundleEngine, Engine, Rival
 from edgeseq.bench.measure import LEAST, Progress, measure
 from edgeseq.bench.profiling import profile_rows
-from edgeseq.bench.rivals import Rival, open_rivals
 from edgeseq.bench.rows import Row, Subject, make_row
 from edgeseq.bundle.directory import require_bundle
 from edgeseq.bundle.plan import Plan
@@ -45,7 +47,8 @@ class Request:
     threads:     pools to open, () = one with a thread per core.
     repetitions: None repeats short tests more often, see measure.enough.
     device:      a profile's name, None for this machine through the binding.
-    against, export: rivals, and where they find the weights.
+    against:     rivals; they find the weights in `export`, or in the file `gguf`, which the program `llama_bench` runs
+                 (None: the one on PATH).
     profile:     also time every launch of a step, here.
     """
 
@@ -59,6 +62,8 @@ class Request:
     device: str | None = None
     against: tuple[str, ...] = ()
     export: Path | None = None
+    gguf: Path | None = None
+    llama_bench: Path | None = None
     profile: bool = False
 
     def cases(self) -> list[Case]:
@@ -99,8 +104,7 @@ def bench(request: Request, progress: Callable[..., None] | None = None) -> Resu
 
 def _plans(request: Request, cases: Sequence[Case]) -> dict[str, Plan]:
     """Open everything that was named, and refuse what cannot be measured, before anything is timed."""
-    if request.against and request.export is None:
-        raise UsageError("--against needs the weights in a form others read", "add --export DIR of the same model")
+    program_of(request.against, request.export, request.gguf, request.llama_bench)
     if request.against and request.device is not None:
         raise UsageError("--against runs here, --device elsewhere", "give one of them")
     if request.device is not None and len(request.threads) > 1:
@@ -132,7 +136,7 @@ def _here(request: Request, cases: Sequence[Case], result: Result, progress: Pro
         progress("verify", i + 1, len(request.bundles))
     cache, load_average = machine.cache_bytes(), machine.load_average()
     buffer = machine.read_buffer(cache)
-    with _engines(request) as engines:
+    with _engines(request, list(result.plans.values())) as engines:
         subjects = {
             id(e): _subject(e, result, cache, load_average, memory_of(e) if isinstance(e, BundleEngine) else None)
             for e in engines
@@ -145,39 +149,39 @@ def _here(request: Request, cases: Sequence[Case], result: Result, progress: Pro
 
 
 @contextmanager
-def _engines(request: Request) -> Iterator[list[Engine]]:
+def _engines(request: Request, plans: Sequence[Plan]) -> Iterator[list[Engine]]:
     """Bundles, then rivals, for each number of threads."""
+    program = program_of(request.against, request.export, request.gguf, request.llama_bench)
     with ExitStack() as stack:
         engines: list[Engine] = []
         for threads in request.threads or (None,):
             for path in request.bundles:
                 engines.append(BundleEngine(path, threads))
                 stack.callback(engines[-1].close)
-            if request.against and request.export is not None:
-                engines += open_rivals(request.against, request.export, engines[-1].threads)
+            engines += open_rivals(request.against, request.export, program, plans, engines[-1].threads)
         yield engines
 
 
 def _subject(engine: Engine, result: Result, cache: int, load_average: float | None, peak_rss: int | None) -> Subject:
     if isinstance(engine, Rival):
-        report = Report(engine.name, engine.backend, engine.manifest.source, engine.manifest.model_id, "",
-                        tuple(engine.verified()))  # fmt: skip
+        report = Report(engine.name, engine.backend, engine.source, engine.model_id, "", tuple(engine.verified()))
         result.reports.append(_passed(report))
     else:
         report = next(r for r in result.reports if r.path == engine.name)
     cache = 0 if engine.gpu else cache
     return _with_check(report, engine.name, engine.backend, engine.threads, "host", machine.cpu_name(), cache,
-                       engine.plan, peak_rss, load_average, engine.gpu)  # fmt: skip
+                       engine.plan, peak_rss, load_average, engine.gpu,
+                       engine.columns if isinstance(engine, Rival) else {})  # fmt: skip
 
 
 def _with_check(
     report: Report, name: str, backend: str, threads: int, device: str, cpu: str, cache: int, plan: Plan | None,
-    peak_rss: int | None, load_average: float | None, gpu: str = "",
+    peak_rss: int | None, load_average: float | None, gpu: str = "", columns: Mapping[str, Any] = MappingProxyType({}),
 ) -> Subject:  # fmt: skip
     worst = report.worst
     return Subject(
         name, backend, threads, device, cpu, cache, plan, report.model_id, report.ok if report.stages else None,
-        worst.worst if worst else None, worst.tolerance if worst else None, peak_rss, load_average, gpu,
+        worst.worst if worst else None, worst.tolerance if worst else None, peak_rss, load_average, gpu, columns,
     )  # fmt: skip
 
 
@@ -228,23 +232,3 @@ def _on_device(request: Request, profile: Profile, cases: Sequence[Case], result
             subject = _with_check(report, str(on.bundle), BACKENDS[on.plan.backend], on.threads, profile.name,
                                   profile.description, 0, on.plan, on.peak_rss_bytes, None, gpu)  # fmt: skip
             result.rows.append(make_row(subject, case, on.samples[case]))
-
-
-def ratio_rows(rows: Sequence[Row]) -> list[Row]:
-    """How many times the rate of each rival a bundle of the same model reaches, test by test."""
-    rivals = [r for r in rows if r["backends"] not in BACKENDS.values()]
-    return [
-        {
-            "test": "ratio",
-            "case": row["test"],
-            "model_filename": row["model_filename"],
-            "n_threads": row["n_threads"],
-            "against": rival["backends"],
-            "ratio": row["median_ts"] / rival["median_ts"],
-        }
-        for row in rows
-        if row["backends"] in BACKENDS.values()
-        for rival in rivals
-        if all(rival[key] == row[key] for key in ("test", "model_id"))
-        if rival["n_threads"] == row["n_threads"] or row["n_gpu_layers"]
-    ]

@@ -6,8 +6,8 @@ docs/performance.md says what each field means.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgeseq.bench.cases import Case
 from edgeseq.bench.measure import Samples
 from edgeseq.bench.traffic import traffic, working_set
 from edgeseq.bundle.plan import Plan
+from edgeseq.spec import Manifest
 
 Row = dict[str, Any]
 
@@ -32,6 +33,7 @@ class Subject:
     peak_rss_bytes: of a process that ran the bundle's driver alone; None for a rival.
     cache_bytes: of the device's last data cache, 0 where it is not known.
     gpu: the GPU that a bundle runs on, in a line; empty on the CPU.
+    columns: what a rival says of itself in llama-bench's columns.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Subject:
     peak_rss_bytes: int | None = None
     load_average: float | None = None
     gpu: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_row(subject: Subject, case: Case, samples: Samples) -> Row:
@@ -56,6 +59,7 @@ def make_row(subject: Subject, case: Case, samples: Samples) -> Row:
     return {
         "test": case.name,
         **_model(subject),
+        **subject.columns,
         "n_threads": subject.threads,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
@@ -98,7 +102,7 @@ def _model(subject: Subject) -> Row:
         "device": subject.device,
         "model_filename": subject.name,
         "model_id": subject.model_id,
-        "model_type": f"{plan.manifest.source} {plan.manifest.family} {_storage(plan)}" if plan else subject.backend,
+        "model_type": model_type(plan.manifest, storage(plan.manifest)) if plan else subject.backend,
         "model_size": sum(t.nbytes for t in plan.tensors) if plan else None,
         "model_n_params": plan.manifest.params if plan else None,
         "n_batch": chunk,
@@ -110,8 +114,14 @@ def _model(subject: Subject) -> Row:
     }
 
 
-def _storage(plan: Plan) -> str:
-    return plan.manifest.dtype if plan.manifest.quant == "none" else plan.manifest.quant
+def model_type(manifest: Manifest, stored: str) -> str:
+    """A model in a few words."""
+    return f"{manifest.source} {manifest.family} {stored}"
+
+
+def storage(manifest: Manifest) -> str:
+    """How the matrices are stored."""
+    return manifest.dtype if manifest.quant == "none" else manifest.quant
 
 
 def _bytes(subject: Subject, case: Case, samples: Samples, rate: float) -> Row:

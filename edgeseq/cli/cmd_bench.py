@@ -33,12 +33,16 @@ MANY = Ints(suffix=True)
 @click.option("--report", "html_file", metavar="FILE", type=click.Path(path_type=Path), help="Write one HTML page.")
 @click.option(
     "--against",
-    type=click.Choice(["torch", "onnxruntime"]),
+    type=click.Choice(["torch", "torch-compile", "onnxruntime", "llama-bench"]),
     multiple=True,
-    help="Time the same weights there too; needs --export.",
+    help="Time the same weights there too; llama-bench needs --gguf, the others --export.",
 )
 @click.option("--profile", is_flag=True, help="Also time every launch of a step: a table of kernels.")
 @click.option("--export", metavar="DIR", type=click.Path(path_type=Path), help="The export with those weights.")
+@click.option("--gguf", metavar="FILE", type=click.Path(path_type=Path), help="Those weights for llama.cpp.")
+@click.option(
+    "--llama-bench", metavar="PATH", type=click.Path(path_type=Path), help="llama.cpp's program.  [default: on PATH]"
+)
 def command(bundles: tuple[Path, ...], json_file: Path | None, html_file: Path | None, **options: Any) -> None:
     """Measure bundles beside the bytes they move.
 
@@ -89,7 +93,7 @@ def show_result(result: Result) -> None:
         _by_depth(console, result.tests, names)
     for row in result.rows:
         if row["test"] == "ratio":
-            console.print(f"{names[row['model_filename']]} {row['case']}: {row['ratio']:.2f} times {row['against']}")
+            console.print(ratio_sentence(row, names), highlight=False)
     for name in dict.fromkeys(row["model_filename"] for row in result.rows if row["test"] == "profile"):
         rows = [r for r in result.rows if r["test"] == "profile" and r["model_filename"] == name]
         _profile(console, names[name], [r for r in rows if r["n_threads"] == rows[0]["n_threads"]])
@@ -111,7 +115,7 @@ def _tests(console: Console, rows: Sequence[dict[str, Any]], names: dict[str, st
     from rich.table import Table
 
     first = rows[0]
-    verified = "verified" if all(row["verified"] for row in rows) else "not all verified: no golden"
+    verified = "verified" if all(row["verified"] for row in rows) else "not all verified: " + _unverified(rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
     table.title = f"{first['device']}, {first['gpu_info'] or first['cpu_info']}, {verified}"
     heads = (
@@ -151,6 +155,11 @@ def _tests(console: Console, rows: Sequence[dict[str, Any]], names: dict[str, st
         console.print("(c): what one token touches fits the cache, so the roof is reading the weights from there")
     if any(row["depth_by"] == "state" for row in rows):
         console.print("*: the depth was reached by loading a made-up state, since reading so much takes long")
+
+
+def _unverified(rows: Sequence[dict[str, Any]]) -> str:
+    rivals = {row["backends"] for row in rows if row["verified"] is None and row["bytes_per_token"] is None}
+    return f"{', '.join(sorted(rivals))} says no logits" if rivals else "no golden"
 
 
 def _profile(console: Console, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -200,6 +209,13 @@ def _by_depth(console: Console, rows: Sequence[dict[str, Any]], names: dict[str,
 def _contender(row: dict[str, Any], names: dict[str, str]) -> str:
     where = "" if row["backends"] == "CPU" else f" {row['backends']}"
     return f"{names[row['model_filename']]}{where} tg{row['n_gen']} t{row['n_threads']}"
+
+
+def ratio_sentence(row: dict[str, Any], names: dict[str, str]) -> str:
+    """What a ratio row says."""
+    name = f"{names[row['model_filename']]} {row['case']} t{row['n_threads']}"
+    unchecked = "" if row["against_verified"] else ", whose results were not checked"
+    return f"{name}: {row['ratio']:.2f} times {row['against']} ({row['against_type']}{unchecked})"
 
 
 def crossover_sentence(row: dict[str, Any], names: dict[str, str]) -> str:

@@ -127,12 +127,14 @@ class StoredTensor:
     """Where a model tensor lies in a checkpoint: its name and shape there, and how it becomes ours.
 
     parts: where the checkpoint lacks `name`, the tensors that are ours when they are laid one below the other.
+    restore: the inverse of `convert`, in families whose checkpoint can be written.
     """
 
     name: str
     shape: tuple[int, ...]
     convert: Callable[[Array], Array] = lambda x: x
     parts: tuple[StoredTensor, ...] = ()
+    restore: Callable[[Array], Array] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class Checkpoint:
     ignored:     endings of stored names that are no parameters (buffers old checkpoints carry).
     beside:      how stored names of another model begin that lies in the same files (a head that drafts tokens).
     optional_prefix: how stored names begin in some checkpoints only.
+    written:     config -> the config.json of a directory that says the same; None where none is written
+                 (`hf_write.py`).
     """
 
     model_types: tuple[str, ...]
@@ -159,6 +163,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     optional_prefix: str = ""
+    written: Callable[[Any], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

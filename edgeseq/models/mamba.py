@@ -240,6 +240,28 @@ def _from_transformers(raw: Mapping[str, Any]) -> MambaConfig:
     )
 
 
+def config_to_hf(c: MambaConfig) -> dict[str, Any]:
+    """The config.json of `MambaForCausalLM` that `config_from_hf` reads as `c`."""
+    expand = c.d_inner // c.d_model
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layers,
+        "expand": expand,
+        "intermediate_size": expand * c.d_model,
+        "state_size": c.d_state,
+        "conv_kernel": c.d_conv,
+        "time_step_rank": c.dt_rank,
+        "layer_norm_epsilon": c.eps,
+        "hidden_act": "silu",
+        "use_bias": c.proj_bias,
+        "use_conv_bias": c.conv_bias,
+        "tie_word_embeddings": c.tie,
+    }
+
+
 def _from_state_spaces(raw: Mapping[str, Any]) -> MambaConfig:
     r, ssm = ConfigReader(raw), ConfigReader(raw.get("ssm_cfg") or {}, prefix="ssm_cfg.")
     ssm.only("layer", "Mamba1")
@@ -271,11 +293,15 @@ def mixer_tensors(c: MixerShape, theirs: str) -> dict[str, StoredTensor]:
     d, D, N, R = c.d_model, c.d_inner, c.d_state, c.dt_rank
     names = {
         "in_proj.weight": StoredTensor(f"{theirs}in_proj.weight", (2 * D, d)),
-        "conv_weight": StoredTensor(f"{theirs}conv1d.weight", (D, 1, c.d_conv), lambda x: x[:, 0]),
+        "conv_weight": StoredTensor(
+            f"{theirs}conv1d.weight", (D, 1, c.d_conv), lambda x: x[:, 0], restore=lambda w: w[:, None]
+        ),
         "x_proj.weight": StoredTensor(f"{theirs}x_proj.weight", (R + 2 * N, D)),
         "dt_proj.weight": StoredTensor(f"{theirs}dt_proj.weight", (D, R)),
         "dt_bias": StoredTensor(f"{theirs}dt_proj.bias", (D,)),
-        "A": StoredTensor(f"{theirs}A_log", (D, N), lambda x: np.ascontiguousarray(-np.exp(x).T)),
+        "A": StoredTensor(
+            f"{theirs}A_log", (D, N), lambda x: np.ascontiguousarray(-np.exp(x).T), restore=lambda a: np.log(-a).T
+        ),
         "D": StoredTensor(f"{theirs}D", (D,)),
         "out_proj.weight": StoredTensor(f"{theirs}out_proj.weight", (d, D)),
     }
@@ -325,6 +351,7 @@ FAMILY = Family(
         tensors=hf_tensors,
         recognise=_is_state_spaces,
         aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
+        written=config_to_hf,
     ),
     zoo={
         "mamba-130m": _public(768, 24),

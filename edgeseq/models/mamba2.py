@@ -225,6 +225,30 @@ def _from_transformers(raw: Mapping[str, Any]) -> Mamba2Config:
     )
 
 
+def config_to_hf(c: Mamba2Config) -> dict[str, Any]:
+    """The config.json of `Mamba2ForCausalLM` that `config_from_hf` reads as `c`; it has no norm before the gate."""
+    limit = {} if (c.dt_min, c.dt_max) == (0.0, None) else {"time_step_limit": [c.dt_min, c.dt_max or math.inf]}
+    return limit | {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layers,
+        "expand": c.mixer.d_inner // c.d_model,
+        "num_heads": c.n_heads,
+        "head_dim": c.head_dim,
+        "state_size": c.d_state,
+        "n_groups": c.n_groups,
+        "conv_kernel": c.d_conv,
+        "layer_norm_epsilon": c.eps,
+        "hidden_act": "silu",
+        "rms_norm": True,
+        "use_bias": c.proj_bias,
+        "use_conv_bias": c.conv_bias,
+        "tie_word_embeddings": c.tie,
+    }
+
+
 def _from_state_spaces(raw: Mapping[str, Any]) -> Mamba2Config:
     r, ssm = ConfigReader(raw), ConfigReader(raw.get("ssm_cfg") or {}, prefix="ssm_cfg.")
     r.only("rms_norm", True)
@@ -262,9 +286,11 @@ def mixer_tensors(c: SSDConfig, theirs: str) -> dict[str, StoredTensor]:
         "in_proj.weight": StoredTensor(
             f"{theirs}in_proj.weight", (c.d_inner + c.d_conv_channels + c.n_heads, c.d_model)
         ),
-        "conv_weight": StoredTensor(f"{theirs}conv1d.weight", (c.d_conv_channels, 1, c.d_conv), lambda x: x[:, 0]),
+        "conv_weight": StoredTensor(
+            f"{theirs}conv1d.weight", (c.d_conv_channels, 1, c.d_conv), lambda x: x[:, 0], restore=lambda w: w[:, None]
+        ),
         "dt_bias": StoredTensor(f"{theirs}dt_bias", (c.n_heads,)),
-        "A": StoredTensor(f"{theirs}A_log", (c.n_heads,), lambda x: -np.exp(x)),
+        "A": StoredTensor(f"{theirs}A_log", (c.n_heads,), lambda x: -np.exp(x), restore=lambda a: np.log(-a)),
         "D": StoredTensor(f"{theirs}D", (c.n_heads,)),
         "out_proj.weight": StoredTensor(f"{theirs}out_proj.weight", (c.d_model, c.d_inner)),
     }
@@ -315,6 +341,7 @@ FAMILY = Family(
         tensors=hf_tensors,
         recognise=_is_state_spaces,
         aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
+        written=config_to_hf,
     ),
     zoo={
         "mamba2-130m": _public(768, 24),

@@ -15,8 +15,9 @@ from edgeseq.bench import device
 from edgeseq.bench import engines as module
 from edgeseq.bench.cases import Case
 from edgeseq.bench.engines import BundleEngine
-from edgeseq.bench.rivals import OrtEngine, TorchEngine
+from edgeseq.bench.rivals import OrtEngine
 from edgeseq.bench.synthetic import saved_state, slot_values
+from edgeseq.bench.torch_rivals import TorchEngine
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.errors import BundleError, DeviceError, UsageError
 from edgeseq.spec import StateSlot
