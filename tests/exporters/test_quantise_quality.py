@@ -18,8 +18,10 @@ from exporters import export, golden
 ROOT = Path(__file__).parents[2]
 TRAINED = [name for name in families() if (ZOO_WEIGHTS / f"tiny-{name}.safetensors").is_file()]
 SAMPLE = (ZOO_WEIGHTS / "held-out.txt").read_bytes()
-COSTS = {"int8": 0.0015, "int4": 0.03}
+COSTS = {"int8": 0.001, "int4": 0.025}
 """Bits per byte that rounding may cost."""
+MORE = {("linear-transformer", "int8"): 0.0015}
+"""What it may cost where the page's table shows that it costs more."""
 
 
 def page_rows() -> dict[tuple[str, str], list[str]]:
@@ -57,7 +59,7 @@ def test_rounding_costs_little(family: str, quant: str, tmp_path: Path) -> None:
     exact = bits_per_byte(open_source(name).build("cpu").eval(), SAMPLE, 256)
     rounded = stored_bits(name, tmp_path / "export")
     assert verify(tmp_path / "export", live=True).ok, "PyTorch built again takes the weights as stored"
-    assert rounded - exact < COSTS[quant]
+    assert rounded - exact < MORE.get((family, quant), COSTS[quant])
     assert rounded == pytest.approx(summary_rows()[name][quant], abs=0.003)
     row = page_rows().get((name, quant))
     if row is not None:

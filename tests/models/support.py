@@ -122,7 +122,10 @@ def through_bytes(state: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def run_cut(model: SequenceModel, tokens: Tensor, cuts: list[int], context: int = CONTEXT) -> dict[int, Tensor]:
     """Logits [B,V] by index of the last token of each piece, with the state saved and loaded between pieces."""
-    state, found, start = model.initial_state(tokens.shape[0], context), {}, 0
+    kind = next(model.parameters()).dtype
+    state = [t.to(kind) if t.is_floating_point() else t for t in model.initial_state(tokens.shape[0], context)]
+    found: dict[int, Tensor] = {}
+    start = 0
     for end in [*cuts, tokens.shape[1]]:
         if end <= start:
             continue

@@ -28,29 +28,44 @@ def case(name: str) -> tuple[SequenceModel, torch.Tensor, torch.Tensor]:
     model = random_model(CONFIGS[name])
     tokens = torch.randint(0, model.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return model, tokens, copy.deepcopy(model).double()(tokens).float()  # what both forms round differently
+        return model, tokens, model(tokens)
+
+
+@functools.cache
+def exact(name: str) -> tuple[SequenceModel, torch.Tensor, torch.Tensor]:
+    """The case in float64, where only a wrong formula can make two forms differ; some models amplify the rounding of
+    float32 beyond the tolerance, as the CPU's order of sums has it."""
+    model, tokens, _ = case(name)
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        return model, tokens, model(tokens)
 
 
 def assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
     assert got.shape == want.shape
     worst = np.abs((got - want).numpy()).max(initial=0.0)
-    assert worst <= tolerance("torch", "float32", want), worst
+    assert worst <= tolerance("torch", str(want.dtype).removeprefix("torch."), want), worst
 
 
 @names
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(1, TOKENS - 1), max_size=8).map(sorted))
 def test_any_cut_equals_the_whole_sequence(name: str, cuts: list[int]) -> None:
-    model, tokens, whole = case(name)
+    model, tokens, whole = exact(name)
     for last, logits in run_cut(model, tokens, cuts).items():
         assert_equal(logits, whole[:, last])
 
 
 @names
 def test_steps_equal_the_whole_sequence(name: str) -> None:
-    model, tokens, whole = case(name)
+    model, tokens, whole = exact(name)
     found = run_cut(model, tokens, list(range(1, TOKENS)))
     assert_equal(torch.stack([found[t] for t in range(TOKENS)], 1), whole)
+
+
+@names
+def test_float32_is_near(name: str) -> None:
+    assert_equal(case(name)[2], exact(name)[2].float())
 
 
 @names

@@ -33,7 +33,7 @@ def test_recorded_bits_per_byte_are_reached(name: str) -> None:
     measured = bits_per_byte(model, SAMPLE, facts["recipe"]["context"])
     assert measured == pytest.approx(facts["sample_bits_per_byte"], abs=1e-3)
     assert facts["held_out_bits_per_byte"] == pytest.approx(measured, abs=0.1)
-    assert facts["held_out_bits_per_byte"] < 2.4  # the linear transformer, which cannot forget, is the last at 2.257
+    assert facts["held_out_bits_per_byte"] < (2.3 if name == "linear-transformer" else 2.2)  # which cannot forget
 
 
 @names

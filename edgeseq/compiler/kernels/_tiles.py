@@ -9,6 +9,8 @@ from typing import Any
 GROUPS = (1, 2, 4)
 STREAMS = (1, 2, 4, 8)
 STEPS = 2
+BLOCKS = 6
+"""Blocks that streams leave for the threads to share."""
 
 
 def accumulators(features: Sequence[str]) -> int:
@@ -42,7 +44,13 @@ def variants(params: Any, rows: int, groups: int, room: int) -> list[Any]:
     return [params, *(replace(params, tile=tile) for tile in tiles(rows, groups, room) if tile != own)]
 
 
-def streams(params: Any, most: int) -> list[Any]:
-    """`params` as they are, then with every other number of streams up to `most`."""
-    own = min(params.streams, max(1, most))
+def most_streams(groups: int) -> int:
+    """Streams into which `groups` of 16 rows may be cut."""
+    return max(1, groups // BLOCKS)
+
+
+def streams(params: Any, groups: int) -> list[Any]:
+    """`params` as they are, then with every other number of streams that `groups` allow."""
+    most = most_streams(groups)
+    own = min(params.streams, most)
     return [params, *(replace(params, streams=n) for n in STREAMS if n <= most and n != own)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..tvm_api import PrimFunc, T
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, split_blocks, store
-from ._tiles import accumulators, streams, variants
+from ._tiles import accumulators, most_streams, streams, variants
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -51,7 +51,7 @@ GEMV_UNROLL = 8
 def candidates(p: Linear, target: Target) -> list[Linear]:
     """What tuning may choose from: streams of the GEMV, tiles of the GEMM."""
     groups = -(-p.M // LANES)
-    return streams(p, groups // 6) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features))
+    return streams(p, groups) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features))
 
 
 def build(name: str, p: Linear) -> Built:
@@ -87,28 +87,27 @@ def split_rows(k: Kernel, groups: int, p: Any, body: Callable[[list[Expr]], None
     """Emit `body(its groups of 16 rows)` for every block. Returns the grid.
 
     A block of a GEMM has p.tile[1] neighbours. Of a GEMV the rows are cut into p.streams ranges, and block b has number
-    b of each: what a thread reads goes on from block to block, as prefetchers expect. At least six blocks are left for
-    the threads to share.
+    b of each: what a thread reads goes on from block to block, as prefetchers expect.
     """
     if p.T > 1:
         return split_blocks(k.block, groups, p.tile[1], lambda first, n: body([first + r for r in range(n)]))
-    streams = min(p.streams, max(1, groups // 6))
-    while streams * -(-groups // streams) - groups > -(-groups // streams):
-        streams -= 1
-    length = -(-groups // streams)
-    missing = streams * length - groups  # the last range is this much shorter
+    ranges = min(p.streams, most_streams(groups))
+    while ranges * -(-groups // ranges) - groups > -(-groups // ranges):  # only the last one may be shorter
+        ranges -= 1
+    length = -(-groups // ranges)
+    missing = ranges * length - groups
 
     def block(n: int) -> None:
         body([k.block + r * length for r in range(n)])
 
     if not missing:
-        block(streams)
+        block(ranges)
     else:
         with T.If(k.block < length - missing):
             with T.Then():
-                block(streams)
+                block(ranges)
             with T.Else():
-                block(streams - 1)
+                block(ranges - 1)
     return length
 
 

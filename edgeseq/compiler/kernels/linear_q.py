@@ -57,7 +57,7 @@ class LinearQ:
 def candidates(p: LinearQ, target: Target) -> list[LinearQ]:
     """What tuning may choose from: as for `linear`; an accumulator has two registers, for floats and for integers."""
     groups = -(-p.M // LANES)
-    return streams(p, groups // 6) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features) // 2)
+    return streams(p, groups) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features) // 2)
 
 
 def build(name: str, p: LinearQ) -> Built:

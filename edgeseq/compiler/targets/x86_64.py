@@ -29,7 +29,7 @@ def make(profile: Profile) -> Target:
         features=tuple(f for f in CHECKED if f in present),
         gemm_tile=(12, 2) if "avx512f" in present else (6, 1),
         dot=_dot(present),
-        streams=7 if "avx512f" in present else 4,  # eight streams a power of two apart would share cache sets
+        streams=7 if "avx512f" in present else 4,  # eight often lie a multiple of 4096 bytes apart and share cache sets
     )
 
 
