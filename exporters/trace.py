@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -18,6 +20,7 @@ from edgeseq.spec import StepSignature, TensorSpec
 from exporters.translate import translations
 
 TORCH_OPSET = 18  # torch's own table is written for this opset; what it emits is valid in ONNX_OPSET too
+_LIBRARIES: dict[int, Any] = {}  # by opset, torch.onnx's registry as first read
 
 
 class _Advance(nn.Module):
@@ -45,7 +48,7 @@ def trace(model: nn.Module, signature: StepSignature, flavour: str) -> ir.Model:
             specs.append(TensorSpec("position", "int64", (1,), "position"))  # advance takes it all the same
         shapes = [(s.shape, s.dtype) for s in specs] + [(s.shape, s.dtype) for s in signature.state]
         args = tuple(torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in shapes)
-    with _quiet():
+    with _quiet(), _library_read_once():
         try:
             program = torch.export.export(_Advance(model), args, strict=False)
             onnx_program = torch.onnx.export(
@@ -107,6 +110,25 @@ def _named_as_in_state_dict(traced: ir.Model, model: nn.Module) -> ir.Model:
         else:
             graph.initializers[value.name] = value
     return traced
+
+
+@contextmanager
+def _library_read_once() -> Iterator[None]:
+    """torch.onnx reads its library of functions anew for every graph: half of the time that a small graph takes."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry  # a second, which --help need not wait for
+
+    read = ONNXRegistry.from_torchlib
+
+    def registry(opset_version: int) -> ONNXRegistry:
+        if opset_version not in _LIBRARIES:
+            _LIBRARIES[opset_version] = read(opset_version)
+        known = _LIBRARIES[opset_version]
+        mine = copy.copy(known)
+        mine.functions = {target: list(found) for target, found in known.functions.items()}  # a caller adds its own
+        return mine
+
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(registry)):
+        yield
 
 
 @contextmanager

@@ -21,14 +21,13 @@ def link(target: Target, kernels: Path | None, table: Path, out: Path) -> None:
     """Write libmodel.so, libmodel.a, edgeseq.h and edgeseq-device into `out`. Raises CompileError with zig's words.
 
     kernels: the object file of CPU kernels; None for a GPU, whose code lies in the bundle."""
-    include, sources = _runtime(target)
     exports = out / "exports.map"
     exports.write_text("{ global: es_*; local: *; };\n")
     common = _common(target, kernels, table)
     _zig("cc", "-target", target.shared, "-shared", "-fPIC", "-s", f"-Wl,--version-script={exports}",
          "-Wl,-soname,libmodel.so", "-o", str(out / "libmodel.so"), *common, *_libraries(kernels))  # fmt: skip
     exports.unlink()
-    _archive(target, sources, include, kernels, table, out)
+    _archive(target, kernels, table, out)
     link_driver(target, kernels, table, out)
     (out / "edgeseq.h").write_bytes((C_DIR / "include" / "edgeseq.h").read_bytes())
 
@@ -41,31 +40,28 @@ def link_driver(target: Target, kernels: Path | None, table: Path, out: Path) ->
     _zig("cc", *program, "-s", "-o", str(out / "edgeseq-device"), str(tool), *_common(target, kernels, table), *tail)
 
 
-def _runtime(target: Target) -> tuple[list[str], list[str]]:
-    """Options that find the header and choose the backend, and the runtime's sources."""
-    include = ["-I", str(C_DIR / "include"), *BACKENDS[target.backend]]
-    return include, [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
-
-
 def _common(target: Target, kernels: Path | None, table: Path) -> list[str]:
-    include, sources = _runtime(target)
-    return [*FLAGS, *include, *sources, str(table), *([str(kernels)] if kernels else [])]
+    return [*_flags(target), *_sources(), str(table), *([str(kernels)] if kernels else [])]
+
+
+def _flags(target: Target) -> list[str]:
+    return [*FLAGS, "-I", str(C_DIR / "include"), *BACKENDS[target.backend]]
+
+
+def _sources() -> list[str]:
+    return [str(p) for p in sorted((C_DIR / "src").glob("*.c"))]
 
 
 def _libraries(kernels: Path | None) -> list[str]:
     return ["-lpthread", "-lm"] if kernels else ["-lpthread", "-ldl"]
 
 
-def _archive(
-    target: Target, sources: list[str], include: list[str], kernels: Path | None, table: Path, out: Path
-) -> None:
-    """libmodel.a, for apps that link statically."""
-    objects = []
-    for source in [*sources, str(table)]:
-        obj = table.parent / f"es_{Path(source).stem}.o"  # not kernels.o itself
-        _zig("cc", "-target", target.shared, "-c", "-fPIC", *FLAGS, *include, source, "-o", str(obj))
-        objects.append(str(obj))
-    _zig("ar", "rcsD", str(out / "libmodel.a"), *objects, *([str(kernels)] if kernels else []))
+def _archive(target: Target, kernels: Path | None, table: Path, out: Path) -> None:
+    """libmodel.a, for apps that link statically: the runtime as one object, made by one call, and the model's."""
+    objects = [table.parent / "es_runtime.o", table.parent / f"es_{table.stem}.o", *([kernels] if kernels else [])]
+    for options, sources, made in (["-r"], _sources(), objects[0]), (["-c"], [str(table)], objects[1]):
+        _zig("cc", "-target", target.shared, *options, "-fPIC", *_flags(target), *sources, "-o", str(made))
+    _zig("ar", "rcsD", str(out / "libmodel.a"), *map(str, objects))
 
 
 def _zig(*arguments: str) -> None:

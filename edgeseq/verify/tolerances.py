@@ -19,7 +19,7 @@ from edgeseq.errors import UsageError
 
 # stage -> dtype of the arithmetic -> relative tolerance
 TABLE: dict[str, dict[str, float]] = {
-    "torch": {"float32": 1e-5, "float64": 1e-9},  # chunk and step forms against the whole-sequence form
+    "torch": {"float32": 1e-5, "float64": 1e-6},  # chunk and step forms against the whole; S4 is partly float32
     "onnx": {"float32": 1e-5},  # a graph on stock onnxruntime against PyTorch
     "runtime": {"float32": 1e-5},  # a bundle on a device against PyTorch
 }

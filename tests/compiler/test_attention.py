@@ -47,7 +47,7 @@ DRAWN = [
 
 QUANTISED = [
     CachedAttention(1, 4, 2, 32, 90, 128, 64, 64, 0.2, quant=8),
-    CachedAttention(1, 1, 1, 96, 70, 96, 96, 96, 0.1, ring=True, prefix=5, quant=0),
+    CachedAttention(1, 2, 1, 96, 70, 192, 96, 96, 0.1, ring=True, prefix=5, quant=0),
     CachedAttention(5, 12, 2, 32, 40, 384, 64, 70, 0.2, ring=True, prefix=3, block=2, blocks=3, seed=4, quant=8),
     CachedAttention(1, 6, 2, 64, 300, 384, 128, 128, 0.1, parts=4),
 ]

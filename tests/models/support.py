@@ -56,7 +56,7 @@ ODD = {
     "expert-choice-odd": ExpertChoiceConfig(61, 30, 2, 3, 3, 10, 21, n_experts=5, top_k=3, capacity=1.5),
     "mixtral-odd": MixtralConfig(59, 30, 2, 9, 3, 10, 21, rope=LLAMA3, n_experts=5, top_k=3),
     "mixtral-window": MixtralConfig(59, 30, 2, 9, 3, 10, 36, tie=False, n_experts=7, top_k=1, window=5),
-    "mlstm-odd": MLSTMConfig(53, 36, 2, 3, 5, 7, 28),
+    "mlstm-odd": MLSTMConfig(53, 36, 2, 3, 5, 7, 28, eps=1e-4),  # as the tiny one
     "recurrent-gemma-odd": RecurrentGemmaConfig(59, 36, 4, 3, 1, 42, 31, 7, 3, turned=4, cap=5.0, tie=False),
     "retnet-odd": RetNetConfig(53, 36, 2, 3, 28, tie=False),
     "rwkv4-odd": Rwkv4Config(61, 24, 3, 20, 40),

@@ -22,11 +22,19 @@ HINT = "install NVIDIA's compiler library: pip install edgeseq[cuda]"
 
 
 def images(source: str, capabilities: tuple[int, ...]) -> bytes:
-    """A cubin for each compute capability, and PTX of the lowest, which later GPUs' drivers compile themselves."""
-    made = [(CUBIN, sm, compile_image(source, sm, CUBIN)) for sm in capabilities]
+    """A cubin for each compute capability, and PTX of the lowest, which later GPUs' drivers compile themselves.
+
+    Raises CompileError with the compiler's first words.
+    """
     lowest = min(capabilities)
-    made.append((PTX, lowest, compile_image(source, lowest, PTX).rstrip(b"\0") + b"\0"))
-    return archive(made)
+    if shutil.which("nvcc"):
+        ptx, cubins = _nvcc(source, lowest, capabilities)
+    else:
+        nvrtc = _Nvrtc()
+        ptx = nvrtc.compile(source, lowest, PTX)
+        cubins = [nvrtc.compile(source, sm, CUBIN) for sm in capabilities]
+    made = [(CUBIN, sm, cubin) for sm, cubin in zip(capabilities, cubins, strict=True)]
+    return archive([*made, (PTX, lowest, ptx.rstrip(b"\0") + b"\0")])
 
 
 def archive(parts: list[tuple[int, int, bytes]]) -> bytes:
@@ -39,25 +47,24 @@ def archive(parts: list[tuple[int, int, bytes]]) -> bytes:
     return (head + records).ljust(at, b"\0") + body
 
 
-def compile_image(source: str, sm: int, kind: int) -> bytes:
-    """One image. Raises CompileError with the compiler's first words."""
-    if shutil.which("nvcc"):
-        return _nvcc(source, sm, kind)
-    return _Nvrtc().compile(source, sm, kind)
+def _nvcc(source: str, lowest: int, capabilities: tuple[int, ...]) -> tuple[bytes, list[bytes]]:
+    """PTX, and the cubins made of it: C++ is read once, which takes longer than the rest."""
 
-
-def _nvcc(source: str, sm: int, kind: int) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="edgeseq-") as folder:
-        text, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.image"
-        text.write_text(source)
-        what = ["-cubin", f"-arch=sm_{sm}"] if kind == CUBIN else ["-ptx", f"-arch=compute_{sm}"]
-        done = subprocess.run(
-            ["nvcc", *what, *FLAGS, "-O3", "-o", str(out), str(text)], capture_output=True, text=True, check=False
-        )
+    def run(what: str, *arguments: str) -> bytes:
+        out = Path(folder) / "image"
+        command = ["nvcc", f"-{what}", *arguments, "-O3", "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             words = [line for line in (done.stderr or done.stdout).splitlines() if "error" in line]
             raise CompileError(f"nvcc failed: {words[0] if words else 'no message'}", "; ".join(words[1:3]))
         return out.read_bytes()
+
+    with tempfile.TemporaryDirectory(prefix="edgeseq-") as folder:
+        text, middle = Path(folder) / "kernels.cu", Path(folder) / "kernels.ptx"
+        text.write_text(source)
+        ptx = run("ptx", f"-arch=compute_{lowest}", *FLAGS, str(text))
+        middle.write_bytes(ptx)
+        return ptx, [run("cubin", f"-arch=sm_{sm}", str(middle)) for sm in capabilities]
 
 
 class _Nvrtc:
