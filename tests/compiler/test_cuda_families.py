@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from edgeseq.compiler.gpu.nvrtc import CUBIN, MAGIC, PTX
 from edgeseq.models import families
 from edgeseq.models.source import random_source
 from exporters import export
+from tests.every import rotated
 
 from .ptx import needs_nvcc
 
@@ -42,14 +42,7 @@ def images(code: bytes) -> dict[tuple[int, int], bytes]:
 
 
 STORAGES = ("fp32:none", "fp16:none", "bf16:none", "fp32:int8", "fp16:int4")
-EVERY = "EDGESEQ_EVERY" in os.environ
-"""Every pair takes half an hour; without the variable each family has one storage, neighbours different ones."""
-PAIRS = [
-    (family, storage)
-    for i, family in enumerate(sorted(families()))
-    for k, storage in enumerate(STORAGES)
-    if EVERY or k == i % len(STORAGES)
-]
+PAIRS = [(family, storage) for i, family in enumerate(sorted(families())) for storage in rotated(i, STORAGES)]
 
 
 @needs_nvcc

@@ -16,6 +16,7 @@ from edgeseq.manifest import load_manifest
 from edgeseq.models import families
 from exporters import export
 from exporters.ort_check import OrtModel
+from tests.every import rotated
 from tests.exporters.support import CONFIGS, golden, source, worst
 
 Exported = Callable[..., Path]
@@ -23,7 +24,7 @@ QUICK = [
     ("mamba", "onnx", "fp32"), ("retnet", "onnx", "fp32"), ("transformer", "onnx", "fp32"),
     ("mamba", "ort", "fp32"), ("retnet", "ort", "fp32"), ("mamba", "onnx", "fp16"), ("transformer", "onnx", "bf16"),
 ]  # fmt: skip
-EVERY = [(f, *kind) for f in families() for kind in (("ort", "fp16"), ("onnx", "bf16"))]
+EVERY = [(f, *kind) for i, f in enumerate(families()) for kind in rotated(i, (("ort", "fp16"), ("onnx", "bf16")))]
 EVERY += [(f, *kind) for f in CONFIGS for kind in (("onnx", "fp32"), ("ort", "fp32"))]
 KINDS = QUICK + [pytest.param(*kind, marks=pytest.mark.slow) for kind in EVERY if kind not in QUICK]
 
