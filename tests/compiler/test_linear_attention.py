@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from edgeseq.compiler.kernels._emit import LANES
 from edgeseq.compiler.kernels.linear_attention import LinearAttention, build, token_tile
+from edgeseq.compiler.kernels.linear_attention_chunk import LinearAttentionChunk
+from edgeseq.compiler.kernels.linear_attention_chunk import build as build_chunk
 from edgeseq.ops.dplr_scan import dplr_scan
 from edgeseq.ops.standard import linear_attention
 from edgeseq.verify.tolerances import tolerance
 
-from .library import ON, AnyLibrary, library_on, ref, refs, unset
+from .library import ON, AnyLibrary, Library, library_on, ref, refs, unset
 
 TOKENS = 8
 KINDS = [*product(("none", "constant", "head", "key"), ("none", "key")), ("key", "free")]
@@ -52,12 +54,38 @@ def variants() -> list[LinearAttention]:
     return found
 
 
+def chunks() -> list[LinearAttentionChunk]:
+    """Products: around the lengths of sub-chunks, shared and repeated heads, odd widths, strips of V, both tiles."""
+    found = []
+    for decay, (tokens, (heads, q_heads, k_heads), k, v, tile) in product(
+        ("none", "constant", "head", "key"),
+        (
+            (33, (4, 2, 2), 5, 7, (6, 4)),
+            (64, (6, 1, 1), 32, 64, (6, 4)),
+            (47, (2, 4, 1), 19, 65, (6, 1)),
+            (17, (3, 3, 3), 16, 49, (6, 4)),
+            (8, (4, 4, 1), 1, 17, (6, 1)),
+            (16, (1, 1, 1), 600, 72, (6, 4)),
+        ),
+    ):
+        width = {"none": 0, "constant": 0, "head": heads, "key": heads * k}[decay]
+        found.append(
+            LinearAttentionChunk(
+                tokens, heads, k, v, q_heads, k_heads, q_heads * k + 5, k_heads * k + 3, heads * v + 1, decay,
+                ldg=width and width + 2, scale=0.3, tile=tile,
+            )
+        )  # fmt: skip
+    return found
+
+
 VARIANTS = variants()
+CHUNKS = chunks()
 
 
 @pytest.fixture(scope="module", params=ON)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AnyLibrary:
-    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs(VARIANTS))
+    on_cpu = CHUNKS if request.param == "cpu" else []
+    return library_on(request.param, tmp_path_factory.mktemp("kernels"), refs([*VARIANTS, *on_cpu]))
 
 
 class Draw:
@@ -67,11 +95,13 @@ class Draw:
         self.rng, self.tokens = np.random.default_rng(seed), tokens
 
     def rows(self, ld: int, width: int, kind: str = "normal", heads: int = 1) -> tuple[NDArray, NDArray]:
-        """kind: normal, negative (log decay), below one (beta), unit (vectors of each head, as delta rules ask)."""
+        """kind: normal, negative or extreme (log decay), below one (beta), unit (vectors of a head)."""
         held = np.full((self.tokens, ld), np.nan, np.float32)
         drawn = self.rng.standard_normal((self.tokens, heads, width // heads))
         if kind == "negative":
             drawn = -np.abs(drawn)
+        elif kind == "extreme":
+            drawn = self.rng.choice([0.0, -0.01, -3.0, -50.0], drawn.shape)
         elif kind == "below one":
             drawn = self.rng.uniform(0, 1, drawn.shape)
         elif kind == "unit":
@@ -84,6 +114,19 @@ class Draw:
 @settings(max_examples=3, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_kernel_equals_its_definition(library: AnyLibrary, p: LinearAttention, seed: int) -> None:
+    _check(library, p, seed)
+
+
+@pytest.mark.parametrize("p", CHUNKS, ids=lambda p: f"{p.decay}-T{p.T}-H{p.Hq}.{p.Hk}.{p.H}-{p.K}x{p.V}")
+@settings(max_examples=3, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 10**6), decays=st.sampled_from(("negative", "extreme")))
+def test_products_equal_the_definition(library: AnyLibrary, p: LinearAttentionChunk, seed: int, decays: str) -> None:
+    if not isinstance(library, Library):
+        pytest.skip("a GPU goes token by token")
+    _check(library, p, seed, decays)
+
+
+def _check(library: AnyLibrary, p: LinearAttention, seed: int, decays: str = "negative") -> None:
     d = Draw(seed, p.T)
     q, q64 = d.rows(p.ldq, p.Hq * p.K)
     k, k64 = d.rows(p.ldk, p.Hk * p.K, "unit" if p.erase == "key" else "normal", p.Hk)
@@ -94,7 +137,7 @@ def test_kernel_equals_its_definition(library: AnyLibrary, p: LinearAttention, s
         arrays.append(-d.rng.uniform(0, 2, p.H).astype(np.float32))
         g64 = np.broadcast_to(arrays[-1].astype(np.float64), (1, p.T, p.H))
     elif p.decay != "none":
-        g, g64 = d.rows(p.ldg, p.H * (p.K if p.decay == "key" else 1), "negative")
+        g, g64 = d.rows(p.ldg, p.H * (p.K if p.decay == "key" else 1), decays)
         arrays.append(g)
     if p.erase == "free":
         a, a64 = d.rows(p.lda, p.H * p.K, "unit", p.H)
@@ -117,7 +160,8 @@ def test_kernel_equals_its_definition(library: AnyLibrary, p: LinearAttention, s
 
 def accesses(p: LinearAttention, name: str) -> tuple[int, int]:
     """Floats of argument `name` that one block loads and stores, counted in the kernel's own text."""
-    text = build("kernel", p).func.script().splitlines()
+    make = build_chunk if isinstance(p, LinearAttentionChunk) else build
+    text = make("kernel", p).func.script().splitlines()
     buffer = next(line.split("=")[0].strip() for line in text if line.rstrip().endswith(f"data={name})"))
     used = re.compile(rf"\b{buffer}\[")
     loops, loads, stores = [(0, 1)], 0, 0
@@ -150,3 +194,12 @@ def test_the_state_is_read_once_and_written_once(tokens: int, decay: str, erase:
     assert accesses(p, "past") == (passes * key * value // blocks, passes * key * value // blocks)
     if tokens == 1:
         assert accesses(p, "o") == (0, value // blocks)
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "head", "key"])
+def test_products_read_and_write_the_state_once(decay: str) -> None:
+    """For any number of tokens."""
+    p = LinearAttentionChunk(
+        100, 2, 24, 64, 2, 2, 48, 48, 128, decay, ldg={"head": 2, "key": 48}.get(decay, 0)
+    )  # fmt: skip
+    assert accesses(p, "past") == (24 * 64, 24 * 64)

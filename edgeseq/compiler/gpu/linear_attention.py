@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernels.linear_attention import LinearAttention, _size
+from ..kernels.linear_attention import LinearAttention, argument_size
 from ..tvm_api import T
 from . import Built
 from ._emit import (
@@ -42,7 +42,7 @@ TILE = 8
 def build(name: str, p: LinearAttention, gpu: Any) -> Built:
     columns, lines = _cut(p, gpu)
     grid, threads = p.H * blocks_of(p.V, columns), columns * lines
-    with kernel(name, [(a, "float32", _size(p, a)) for a in p.args], grid, threads, gpu) as k:
+    with kernel(name, [(a, "float32", argument_size(p, a)) for a in p.args], grid, threads, gpu) as k:
         _Head(k, p, columns, lines, gpu.local_bytes).run()
     return Built(k.func, grid, threads)
 

@@ -94,7 +94,7 @@ def build(name: str, p: LinearAttention) -> Built:
     """A head has V // (16 strip) blocks of whole vectors and, where V is no multiple of 16, one of the rest."""
     whole, rest = p.V // LANES // p.strip, p.V % LANES
     strips = whole + (1 if rest else 0)
-    with kernel(name, [(a, "float32", _size(p, a)) for a in p.args]) as kern:
+    with kernel(name, [(a, "float32", argument_size(p, a)) for a in p.args]) as kern:
         head, index = let(kern.block // strips), let(kern.block % strips)
 
         def full() -> None:
@@ -129,7 +129,7 @@ def _emit(block: _Block) -> None:
         tile.run(whole * tokens, p.T % tokens)
 
 
-def _size(p: LinearAttention, name: str) -> int:
+def argument_size(p: LinearAttention, name: str) -> int:
     """Floats that argument `name` spans."""
     rows = {
         "q": (p.ldq, p.Hq * p.K), "k": (p.ldk, p.Hk * p.K), "v": (p.ldv, p.H * p.V), "a": (p.lda, p.H * p.K),

@@ -1,4 +1,4 @@
-"""LinearAttention, standard or com.microsoft -> kernels/linear_attention, state in place.
+"""LinearAttention, standard or com.microsoft -> kernels/linear_attention or linear_attention_chunk, state in place.
 
 Queries and keys that are repeated to the heads of the state (Reshape, Expand, Reshape) are read where they are; so is
 a decay that a weight repeats for every token.
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..ir import Arg, KernelRef
 from ..kernels.linear_attention import Decay, LinearAttention, token_tile
+from ..kernels.linear_attention_chunk import LinearAttentionChunk, chunk_tile, chunkwise
 from . import Claim, Rule
 
 if TYPE_CHECKING:
@@ -65,9 +66,17 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         )  # fmt: skip
         reads = [x for x in (qv, kv, vv, gv, bv) if x is not None]
         args = [*(Arg(x, "r") for x in reads), Arg(low.state(past, present), "rw"), Arg(low.result(o), "w")]
-        low.call(KernelRef("linear_attention", params), *args)
+        low.call(form(low, params), *args)
 
     return Claim((node,), tuple(n for n in (q, k, v, past, "" if constant else decay, beta) if n), emit)
+
+
+def form(low: Lowering, p: LinearAttention) -> KernelRef:
+    """Matrix products for many tokens on a CPU, else token by token."""
+    if low.target.gpu is not None or not chunkwise(p):
+        return KernelRef("linear_attention", p)
+    many = LinearAttentionChunk(**vars(p) | {"tile": chunk_tile(low.target.gemm_tile)})
+    return KernelRef("linear_attention_chunk", many)
 
 
 def _heads(low: Lowering, q: str, q_heads: int, heads: int) -> tuple[str, int]:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from edgeseq.errors import CompileError
 
-from ..ir import Arg, KernelRef
+from ..ir import Arg
 from ..kernels.linear_attention import LinearAttention, token_tile
 from . import Claim, Rule
+from .linear_attention import form
 
 if TYPE_CHECKING:
     from ..graph import Node
@@ -30,7 +31,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
             tile=token_tile(low.target.gemm_tile),
         )  # fmt: skip
         low.call(
-            KernelRef("linear_attention", params), Arg(qv, "r"), Arg(kv, "r"), Arg(vv, "r"),
+            form(low, params), Arg(qv, "r"), Arg(kv, "r"), Arg(vv, "r"),
             Arg(low.weight(log_decay, "plain"), "r"), Arg(low.state(past, present), "rw"), Arg(low.result(o), "w"),
         )  # fmt: skip
 
