@@ -57,17 +57,19 @@ def variants() -> list[LinearAttention]:
 def chunks() -> list[LinearAttentionChunk]:
     """Products: around the lengths of sub-chunks, shared and repeated heads, odd widths, strips of V, both tiles."""
     found = []
-    for decay, (tokens, (heads, q_heads, k_heads), k, v, tile) in product(
-        ("none", "constant", "head", "key"),
-        (
-            (33, (4, 2, 2), 5, 7, (6, 4)),
-            (64, (6, 1, 1), 32, 64, (6, 4)),
-            (47, (2, 4, 1), 19, 65, (6, 1)),
-            (17, (3, 3, 3), 16, 49, (6, 4)),
-            (8, (4, 4, 1), 1, 17, (6, 1)),
-            (16, (1, 1, 1), 600, 72, (6, 4)),
-        ),
+    shapes = (
+        (33, (4, 2, 2), 5, 7, (6, 4)),
+        (64, (6, 1, 1), 32, 64, (6, 4)),
+        (47, (2, 4, 1), 19, 65, (6, 1)),
+        (17, (3, 3, 3), 16, 49, (6, 4)),
+        (8, (4, 4, 1), 1, 17, (6, 1)),
+        (16, (1, 1, 1), 600, 72, (6, 4)),
+    )
+    for (i, decay), (j, (tokens, (heads, q_heads, k_heads), k, v, tile)) in product(
+        enumerate(("none", "constant", "head", "key")), enumerate(shapes)
     ):
+        if (i + j) % 2:
+            continue  # each decay has half of the shapes: they take seconds to compile
         width = {"none": 0, "constant": 0, "head": heads, "key": heads * k}[decay]
         found.append(
             LinearAttentionChunk(

@@ -13,6 +13,9 @@ import pytest
 
 import edgeseq
 import edgeseq.cli as cli
+from edgeseq.bundle.reader import BundleFile
+from edgeseq.models.gla import GLAConfig
+from edgeseq.models.mamba2 import Mamba2Config
 from edgeseq.models.source import random_source
 from edgeseq.models.twin import family_of_config
 from exporters import export
@@ -50,6 +53,19 @@ def test_grouped_queries_and_shared_keys_under_every_rule(flavour: str, tmp_path
     bundle = edgeseq.compile(tmp_path / "export", "host", tmp_path / "bundle")
     report = edgeseq.verify(bundle, export=tmp_path / "export", threads=2)
     assert report.ok, report.failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [Mamba2Config(61, 40, 2, 8, 10, 16), GLAConfig(61, 32, 2, 2, 24, 128, 40)])
+def test_long_prompts_are_matrix_products(config: object, tmp_path: Path) -> None:
+    """The golden's 48 tokens are a chunk of 33 and steps."""
+    family = family_of_config(config)
+    export(random_source("long", family, config), tmp_path / "export", chunks=(33,))
+    bundle = edgeseq.compile(tmp_path / "export", "host", tmp_path / "bundle")
+    report = edgeseq.verify(bundle, export=tmp_path / "export", threads=2)
+    assert report.ok, report.failed
+    with BundleFile(bundle) as file:
+        assert any(k.name.startswith("linear_attention_chunk") for k in file.plan.kernels)
 
 
 @pytest.mark.slow
