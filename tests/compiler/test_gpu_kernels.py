@@ -69,7 +69,7 @@ FULL_SIZE: list[Any] = [
 
 def test_every_kernel_has_one_for_gpus() -> None:
     mine, all_ = ({m.name for m in pkgutil.iter_modules(p.__path__) if m.name[0] != "_"} for p in (gpu, kernels))
-    assert all_ - mine == set()
+    assert all_ - mine == {"linear_attention_chunk"}, "which the rules choose on CPUs alone"
 
 
 def _given(test: Callable[..., Any], **values: Any) -> Callable[..., None]:
