@@ -1,5 +1,6 @@
 # make demo      everything from a trained model to text and a benchmark against attention, on this machine
-# make test      the tests that take seconds each; SLOW=1 (or make test-all) adds those that take longer
+# make test      the tests that take seconds each; SLOW=1 (or make test-all) adds those that take longer, and
+#                EDGESEQ_EVERY=1 every pair of family and storage, of which otherwise each family has one in turn
 # make lint      style, types, import arrows
 # make format    rewrite Python and C the way lint wants them
 # make wheel     build dist/*.whl
