@@ -52,16 +52,14 @@ def test_the_compiler_sees_into_operators_that_do_not_read_the_position() -> Non
     assert torch.equal(bodies[torch.ops.edgeseq.rms_norm.default](x, None, 1e-5), ops.rms_norm(x, None, 1e-5))
 
 
-def test_without_a_compiler_torch_compile_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_compiler_torch_compile_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(EdgeseqError, match="needs a C\\+\\+ compiler"):
-        torch_rivals.check_compiler()
-    against = ["--against", "torch-compile", "--export", bundles.exported("mamba")]
-    assert bench(bundles.bundled("mamba"), *against, "-p", 0, "-n", 1, "-t", 1) == 1
+    with config.patch("cpp.cxx", ("no-such-compiler",)):
+        with pytest.raises(EdgeseqError, match="needs a C\\+\\+ compiler"):
+            torch_rivals.check_compiler()
+        against = ["--against", "torch-compile", "--export", bundles.exported("mamba")]
+        assert bench(bundles.bundled("mamba"), *against, "-p", 0, "-n", 1, "-t", 1) == 1
     text, err = capfd.readouterr()
     assert text == "" and "needs a C++ compiler" in err and "install g++" in err
 
