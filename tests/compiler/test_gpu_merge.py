@@ -15,6 +15,7 @@ from edgeseq.compiler.gpu.batch import Batch
 from edgeseq.compiler.gpu.cached_attention import FusedAttention
 from edgeseq.compiler.gpu.joined import Joined
 from edgeseq.compiler.gpu.linear import FusedLinear
+from edgeseq.compiler.gpu.linear_attention import SteppedAttention
 from edgeseq.compiler.gpu.linear_q import FusedLinearQ
 from edgeseq.compiler.gpu.merge import _may_move, merge
 from edgeseq.compiler.gpu.selective_scan import FusedScan
@@ -68,6 +69,12 @@ SCANS = [
     FusedScan(1, d, n, d, d, n, n, skip=True, dt_bias=True, dt_rank=r, dt_wdtype=t)
     for d, n, r, t in ((33, 4, 1, "float32"), (64, 16, 7, "float16"), (20, 5, 40, "float32"))
 ]
+STEPPED = [
+    SteppedAttention(1, 4, 5, 7, 2, 2, 10, 10, 28, decay="head", scale=0.3, lddt=4, ldz=28),
+    SteppedAttention(1, 3, 16, 32, 3, 1, 50, 20, 96, decay="head", dt_min=0.5, dt_max=1.0, skip=False, lddt=9, ldz=100),
+    SteppedAttention(11, 2, 40, 20, 1, 2, 40, 90, 45, decay="head", softplus=False, gate=False, lddt=2),
+    SteppedAttention(9, 6, 8, 64, 6, 3, 48, 24, 390, decay="head", lddt=7, ldz=400, dt_max=0.7),
+]
 JOINED = Joined("linear", (FusedLinear(1, 40, K, K, bias=True), FusedLinear(1, 5, 33, 33), FusedLinear(1, 16, K, K)))
 JOINED_Q = Joined(
     "linear_q", (LinearQ(1, 40, K, 4, "dp4a"), LinearQ(1, 7, 200, 4, "dp4a"), LinearQ(1, 33, K, 8, "dp4a"))
@@ -81,7 +88,7 @@ TURNED = [
 ]
 OPS = {
     FusedLinear: "linear", FusedLinearQ: "linear_q", FusedScan: "selective_scan", Joined: "joined", Batch: "batch",
-    FusedAttention: "cached_attention", AttentionMerge: "attention_merge",
+    SteppedAttention: "linear_attention", FusedAttention: "cached_attention", AttentionMerge: "attention_merge",
 }  # fmt: skip
 
 
@@ -91,7 +98,7 @@ def ref(p: Any) -> KernelRef:
 
 @pytest.fixture(scope="module")
 def device() -> DeviceLibrary:
-    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, JOINED, JOINED_Q, ROTATED, *TURNED]
+    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, *STEPPED, JOINED, JOINED_Q, ROTATED, *TURNED]
     merges = [AttentionMerge(p.H, p.d, p.parts) for p in TURNED if p.parts > 1]
     return DeviceLibrary([(ref(p), len(p.args)) for p in [*every, *merges]])
 
@@ -203,6 +210,39 @@ def test_a_scan_that_projects_its_step_sizes(device: DeviceLibrary, p: FusedScan
     if p.dt_wdtype == "float16":
         arrays[2] = arrays[2].view(np.uint16)
     state, out = device.call(ref(p), arrays, "rrrrrrrrmw")
+    close(out, y)
+    close(state, present)
+
+
+def heads(x: NDArray, n: int, width: int, repeated: int) -> NDArray:
+    """Rows of x, perhaps apart, as [T,H*width] in float64, each head as often as its neighbours share it."""
+    own = x.astype(np.float64)[:, : n * width].reshape(len(x), n, width)
+    return np.repeat(own, repeated, axis=1).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("p", STEPPED, ids=str)
+def test_a_recurrence_with_its_step_sizes_and_its_gate(device: DeviceLibrary, p: SteppedAttention) -> None:
+    d = Draw(8)
+    widths = {"q": p.ldq, "k": p.ldk, "v": p.ldv, "dt": p.lddt, "z": p.ldz}
+    args = {a: d.normal(p.T, n) for a, n in widths.items() if n}
+    args |= {"dt_bias": d.normal(p.H), "A": -np.exp(d.normal(p.H)), "D": d.normal(p.H), "past": d.normal(p.H, p.K, p.V)}
+    dt = args["dt"].astype(np.float64)[:, : p.H]
+    dt = np.log1p(np.exp(dt + args["dt_bias"])) if p.softplus else dt
+    dt = np.clip(dt, p.dt_min or None, p.dt_max)
+    v = heads(args["v"], p.H, p.V, 1)
+    q, k = heads(args["q"], p.Hq, p.K, p.H // p.Hq), heads(args["k"], p.Hk, p.K, p.H // p.Hk)
+    each = np.repeat(dt, p.V, axis=1)
+    y, present = standard.linear_attention(
+        q[None], k[None], (each * v)[None], args["past"][None].astype(np.float64), (dt * args["A"])[None], None,
+        "gated", p.H, p.H, p.scale,
+    )  # fmt: skip
+    y = y[0] + (np.repeat(args["D"], p.V) * v if p.skip else 0)
+    if p.gate:
+        z = heads(args["z"], p.H, p.V, 1)
+        y = y * z / (1 + np.exp(-z))
+    args["o"] = unset(p.T, p.H * p.V)
+    access = "".join({"past": "m", "o": "w"}.get(a, "r") for a in p.args)
+    state, out = device.call(ref(p), [args[a] for a in p.args], access)
     close(out, y)
     close(state, present)
 

@@ -7,10 +7,12 @@ reads from the state is summed over the lines once per token, the outputs once p
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.linear_attention import LinearAttention, argument_size
-from ..tvm_api import T
+from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
     Buffer,
@@ -24,6 +26,8 @@ from ._emit import (
     loop,
     power_of_two,
     shared,
+    silu,
+    softplus,
     store,
     strided,
     sync,
@@ -39,10 +43,43 @@ THREADS = 256
 TILE = 8
 
 
+@dataclass(frozen=True)
+class SteppedAttention(LinearAttention):
+    """Mamba-2's recurrence, all that is computed by head and channel around it included. Of token t, head h:
+
+    dt = clip(softplus(dt_t + dt_bias), dt_min, dt_max)    decay = dt A[h]    value = dt v_t
+    o = (scale q^T S + D[h] v_t) silu(z_t)
+
+    softplus: else dt is as given. skip, gate: whether there is a D, a z. lddt, ldz: floats between tokens.
+    """
+
+    softplus: bool = True
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    skip: bool = True
+    gate: bool = True
+    lddt: int = 0
+    ldz: int = 0
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        bias, skip, gate = ("dt_bias",) * self.softplus, ("D",) * self.skip, ("z",) * self.gate
+        return ("q", "k", "v", "dt", *bias, "A", *skip, *gate, "past", "o")
+
+    def size(self, name: str) -> int:
+        """Floats that an argument spans."""
+        rows = {"dt": (self.lddt, self.H), "z": (self.ldz, self.H * self.V)}
+        if name in rows:
+            return (self.T - 1) * rows[name][0] + rows[name][1]
+        return self.H if name in ("dt_bias", "A", "D") else argument_size(self, name)
+
+
 def build(name: str, p: LinearAttention, gpu: Any) -> Built:
     columns, lines = _cut(p, gpu)
     grid, threads = p.H * blocks_of(p.V, columns), columns * lines
-    with kernel(name, [(a, "float32", argument_size(p, a)) for a in p.args], grid, threads, gpu) as k:
+    stepped = isinstance(p, SteppedAttention)
+    sizes = [(a, "float32", p.size(a) if stepped else argument_size(p, a)) for a in p.args]  # type: ignore[attr-defined]
+    with kernel(name, sizes, grid, threads, gpu) as k:
         _Head(k, p, columns, lines, gpu.local_bytes).run()
     return Built(k.func, grid, threads)
 
@@ -80,6 +117,8 @@ class _Head:
         """Shared memory: vectors by token of the tile, and where the lines' sums meet."""
         p, line = self.p, self.lines * self.columns
         widths = {"q": p.group * p.K, "k": p.K}
+        if isinstance(p, SteppedAttention):
+            widths["dt"] = 1
         if p.decay in ("head", "key"):
             widths["decay"] = p.K if p.decay == "key" else 1
         if p.erase == "key":
@@ -128,6 +167,10 @@ class _Head:
     def _fetch(self, name: str, width: int, t0: Expr, count: int) -> None:
         """`count` tokens' parts of argument `name` that this head reads."""
         p = self.p
+        if isinstance(p, SteppedAttention) and name in ("dt", "decay"):
+            if name == "dt":
+                strided(self.k, count, lambda n: self._step_size(p, t0, n))
+            return
         ld = {"q": p.ldq, "k": p.ldk, "decay": p.ldg, "beta": p.ldb, "a": p.lda, "b": p.ldb}[name]
         if name == "q":
             first = self.head * width if p.Hq >= p.H else self.head // (p.H // p.Hq) * p.K
@@ -142,6 +185,20 @@ class _Head:
             store(self.staged[name], n, T.exp(x) if name == "decay" else x)
 
         strided(self.k, count * width, one)
+
+    def _step_size(self, p: SteppedAttention, t0: Expr, n: Expr) -> None:
+        """dt and e^decay of the tile's token n."""
+        k, h = self.k, self.head
+        dt = k["dt"][(t0 + n) * p.lddt + h]
+        if p.softplus:
+            dt = softplus(let(dt + k["dt_bias"][h]))
+        dt = let(dt)
+        if p.dt_min > 0.0:
+            dt = let(tirx.Select(dt < f32(p.dt_min), f32(p.dt_min), dt))
+        if math.isfinite(p.dt_max):
+            dt = let(tirx.Select(dt > f32(p.dt_max), f32(p.dt_max), dt))
+        store(self.staged["dt"], n, dt)
+        store(self.staged["decay"], n, T.exp(dt * k["A"][h]))
 
     def _vector(self, name: str, u: Expr, c: Expr, g: int = 0) -> Expr:
         return self.staged[name][u * self.widths[name] + g * self.p.K + c]
@@ -160,7 +217,8 @@ class _Head:
         store(value, 0, f32(0.0))
         zero(out, p.group)
         with when(self.exists):
-            store(value, 0, self.k["v"][(t0 + u) * p.ldv + self.head * p.V + self.v])
+            v = self.k["v"][(t0 + u) * p.ldv + self.head * p.V + self.v]
+            store(value, 0, v * self.staged["dt"][u] if isinstance(p, SteppedAttention) else v)
         read = self._read(u) if p.erase != "none" else None
         if p.erase == "key":
             store(value, 0, self.staged["beta"][u] * (value[0] - read))
@@ -203,7 +261,14 @@ class _Head:
             for line in range(1, self.lines):
                 o = o + self.sums[(n * self.lines + line) * self.columns + self.lane]
             at = ((t0 * p.group + n // p.group * p.group) * p.H + self.head * p.group + n % p.group) * p.V + self.v
-            store(self.k["o"], at, o * f32(p.scale))
+            o = o * f32(p.scale)
+            if isinstance(p, SteppedAttention):
+                column = self.head * p.V + self.v
+                if p.skip:
+                    o = o + self.k["D"][self.head] * self.k["v"][(t0 + n) * p.ldv + column]
+                if p.gate:
+                    o = o * silu(let(self.k["z"][(t0 + n) * p.ldz + column]))
+            store(self.k["o"], at, o)
 
         with when(self.exists):
             loop(outputs // self.lines, lambda i: one(i * self.lines + self.line))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RULES = ("linear", "gated", "delta", "gated_delta")
 
 
-def _unrepeated(low: Lowering, name: str, heads: int) -> tuple[str, int]:
+def unrepeated(low: Lowering, name: str, heads: int) -> tuple[str, int]:
     """The tensor whose heads `name` repeats, and how many it has; `name` itself where nothing is repeated."""
     graph = low.graph
     merge = graph.producer.get(name)
@@ -50,7 +50,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
     heads, key_width, value_width = graph.shape(past)[1:]
     if beta and graph.shape(beta)[-1] != heads:
         return None
-    (q, q_heads), (k, k_heads) = _heads(low, q, int(node.attrs["q_num_heads"]), heads), _unrepeated(low, k, heads)
+    (q, q_heads), (k, k_heads) = queries_of(low, q, int(node.attrs["q_num_heads"]), heads), unrepeated(low, k, heads)
     constant = _constant_decay(low, decay, heads)
 
     def emit() -> None:
@@ -79,8 +79,9 @@ def form(low: Lowering, p: LinearAttention) -> KernelRef:
     return KernelRef("linear_attention_chunk", many)
 
 
-def _heads(low: Lowering, q: str, q_heads: int, heads: int) -> tuple[str, int]:
-    return _unrepeated(low, q, q_heads) if q_heads == heads else (q, q_heads)
+def queries_of(low: Lowering, q: str, q_heads: int, heads: int) -> tuple[str, int]:
+    """As `unrepeated`, of queries that may have heads of their own."""
+    return unrepeated(low, q, q_heads) if q_heads == heads else (q, q_heads)
 
 
 def _constant_decay(low: Lowering, decay: str, heads: int) -> str:

@@ -1,0 +1,143 @@
+"""Every family on OpenCL: what PyTorch says, the tokens of the CPU, and what Oclgrind finds in its kernels."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgeseq.models
+from edgeseq.compiler import compile_export
+from edgeseq.models import families, step_families
+from edgeseq.models.source import Source, open_source, random_source
+from edgeseq.models.twin import family_of_config
+from edgeseq.runtime import Session, load
+from edgeseq.verify.golden import Golden, load_golden
+from edgeseq.verify.runtime import bundle_manifest, runtime_stages
+from edgeseq.verify.tolerances import ROUNDING_CHOICES
+from exporters import export
+from tests.every import EVERY, rotated
+from tests.models.support import ODD
+from tests.runtime.build import opencl_missing
+from tests.runtime.test_opencl import OCLGRIND, oclgrind
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(opencl_missing()), reason=opencl_missing() or "there"),
+]
+
+STORAGES = ("fp32:none", "fp32:int8", "fp16:none", "fp16:int4", "bf16:none")
+FEWEST: dict[str, dict[str, Any]] = {
+    "bamba": {"n_layers": 2, "attention_at": (1,)},
+    "granite-hybrid": {"n_layers": 2, "attention_at": (1,)},
+    "jamba": {"n_layers": 3, "attention_at": (2,), "experts_at": (1,)},
+    "longformer": {"n_layers": 2, "windows": (16, 64)},
+    "qwen3-next": {"n_layers": 2, "attention_at": (1,)},
+    "recurrent-gemma": {"n_layers": 2, "pattern": ("recurrent", "attention")},
+    "rwkv7": {"n_layers": 2},
+    "samba": {"n_layers": 2, "attention_at": (1,)},
+    "zamba2": {"n_layers": 2, "shared_at": (1,)},
+}
+"""Layers of a tiny model that are enough for one of each kind; of the others one is."""
+SMALL: dict[str, Any] = {family_of_config(config).name: config for config in reversed(ODD.values())}
+SMALL["gpt2"] = replace(SMALL["gpt2"], n_positions=128)
+STEP_MODELS = {name: record for name, record in step_families().items() if record.tiny is not None}
+CASES = [
+    (name, storage)
+    for i, name in enumerate(sorted(families().keys() | STEP_MODELS.keys()))
+    for storage in rotated(i, STORAGES)
+]
+TRAINED = sorted(p.stem for p in (Path(edgeseq.models.__file__).parent / "zoo_weights").glob("*.safetensors"))
+TOKENS = 64
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PoCL would optimise for most of the time what then runs for milliseconds."""
+    monkeypatch.setenv("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
+
+
+@cache
+def _folder() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="edgeseq-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@cache
+def exported(name: str, storage: str) -> Path:
+    """A trained model by its name in the zoo; of a family one of odd sizes, or where those are too narrow to be
+    quantised, the tiny one with few layers."""
+    dtype, quant = storage.split(":")
+    if name in TRAINED:
+        source: Source = open_source(f"zoo:{name}")
+    elif name in STEP_MODELS:
+        source = random_source(name, STEP_MODELS[name], STEP_MODELS[name].tiny)
+    else:
+        record = families()[name]
+        few = replace(record.tiny, **FEWEST.get(name, {"n_layers": 1}))
+        source = random_source(name, record, SMALL[name] if quant == "none" else few)
+    out = _folder() / f"{name}.{storage}"
+    export(source, out, context=128, chunks=(4,), dtype=dtype, quant=quant)
+    return out
+
+
+@cache
+def bundled(name: str, storage: str, target: str) -> Path:
+    out = _folder() / f"{name}.{storage}.{target}"
+    compile_export(exported(name, storage), target, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [*CASES, *((name, storage) for i, name in enumerate(TRAINED) for storage in rotated(i + 1, STORAGES))],
+)
+def test_a_model_says_what_pytorch_and_the_cpu_say(name: str, storage: str) -> None:
+    """The stages of `verify`, then 64 greedy tokens on both, and again from each other's state."""
+    gpu = bundled(name, storage, "opencl")
+    assert [s for s in runtime_stages(gpu, thorough=EVERY) if not s.ok] == []
+    manifest = bundle_manifest(gpu)
+    if not manifest.vocab_size:
+        return  # its steps are not tokens
+    golden = load_golden(gpu, manifest.step.signature, manifest.family)
+    prompt = [ord(c) % manifest.vocab_size for c in "The state of the"]
+    cpu = bundled(name, storage, "host")
+    with load(gpu, poison=True) as one, load(cpu, threads=1, poison=True) as two:
+        here, there = one.session(), two.session()
+        here.prefill(prompt)
+        there.prefill(prompt)
+        saved = here.save(), there.save()
+        made, wanted = here.generate_timed(TOKENS)[0], there.generate_timed(TOKENS)[0]
+        here.load(saved[1])
+        there.load(saved[0])
+        parted = parting(here, there, wanted, golden)
+        same = parted[0] + 1 if parted else TOKENS  # wanted[i + 1] is said after wanted[i]
+        assert made[:same] == wanted[:same]
+        few = golden.noise["logits"].changed + ROUNDING_CHOICES if golden.noise else 0.0
+        assert len(parted) <= few * TOKENS
+
+
+def parting(here: Session, there: Session, tokens: list[int], golden: Golden) -> list[int]:
+    """Step both through `tokens`, all logits equal within the tolerance: where the likeliest token is another.
+
+    Rounded activations alone may part them: summed in another order, a value may round the other way.
+    """
+    assert golden.logits is not None
+    rows = [(here.step(t), there.step(t)) for t in tokens]
+    left, right = (np.stack(side) for side in zip(*rows, strict=True))
+    assert abs(left - right).max() <= golden.bound("runtime", right)
+    return np.flatnonzero(left.argmax(1) != right.argmax(1)).tolist()
+
+
+@pytest.mark.skipif(not OCLGRIND.is_file(), reason="no oclgrind: apt-get install oclgrind")
+@pytest.mark.parametrize(("name", "storage"), CASES)
+def test_no_kernel_of_a_family_races_or_strays(name: str, storage: str, tmp_path: Path) -> None:
+    assert oclgrind(bundled(name, storage, "opencl"), tmp_path) == ""
