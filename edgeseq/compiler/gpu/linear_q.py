@@ -66,7 +66,7 @@ def build(name: str, p: LinearQ, gpu: Any) -> Built:
     if p.T == 1:
         threads = gemv_threads(gpu, groups, group_bytes(p))
         quant = getattr(p, "quant", None)
-        grid = groups if quant is None else groups // 2  # a block of activations is 32 rows
+        grid = groups if quant is None else blocks(p.M)  # a block of activations is 32 rows
         with kernel(name, params, grid, threads, gpu, early=True) as k:
             if quant is not None:
                 _quantised_rows(k, p, quant)
@@ -103,7 +103,7 @@ def parameters(p: LinearQ, mma: bool = False) -> list[tuple[str, str, int]]:
         sizes |= {"wu": sizes["w"], "wus": sizes["ws"]}
         if p.quant is not None:
             sizes |= {name: sizes[o] for name, o in zip(INPUTS, OUTPUTS, strict=True)}
-            sizes |= {o: ("int8", p.M) if o == "q" else size for o, size in output_params(1, p.M).items()}
+            sizes |= output_params(1, p.M)
     return [(a, *sizes[a]) for a in p.args]
 
 
@@ -138,17 +138,22 @@ def _gated_rows(k: Kernel, p: LinearQ) -> None:
 
 
 def _quantised_rows(k: Kernel, p: LinearQ, zero_point: int) -> None:
-    """A block of threads has 32 rows of the gated product, and writes them as one block of activations."""
+    """A block of threads has 32 rows of the gated product, and writes them as one block of activations: zeros behind M,
+    where the last group's weights are read once more."""
     scratch, y = shared(k.threads * 4), shared(BLOCK)
+    last, whole = -(-p.M // ROWS) - 1, p.M % (2 * BLOCK) == 0
     for part in range(2):
-        group = k.block * 2 + part
+        own = k.block * 2 + part
+        group = own if whole else let(T.min(own, T.int32(last)))
         total = _sums(k, p, group, "w", scratch, part == 0)
         gate = local(1)
         with when(k.thread < ROWS):
             store(gate, 0, silu(let(total(k.thread))))
         total = _sums(k, p, group, "wu", scratch, False)
         with when(k.thread < ROWS):
-            store(y, part * ROWS + k.thread, gate[0] * total(k.thread))
+            product = let(gate[0] * total(k.thread))
+            exists = own * ROWS + k.thread < p.M
+            store(y, part * ROWS + k.thread, product if whole else tirx.Select(exists, product, T.float32(0.0)))
     sync()
     write_block(k, k.block, y[k.thread % BLOCK], zero_point, scratch, k.thread < BLOCK)
 

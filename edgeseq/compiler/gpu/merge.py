@@ -17,6 +17,7 @@ from ..kernels.causal_conv import CausalConv
 from ..kernels.glu import Glu
 from ..kernels.linear import Linear
 from ..kernels.linear_q import LinearQ
+from ..kernels.quantize import Quantize
 from ..kernels.rms_norm import RmsNorm
 from ..kernels.rotary import Rotary
 from ..kernels.selective_scan import SelectiveScan
@@ -223,6 +224,27 @@ def _glu(calls: list[Call], call: Call, p: Glu) -> None:
     call.traffic = {k: first.traffic.get(k, 0) + second.traffic.get(k, 0) for k in first.traffic}
     calls.remove(first)
     calls.remove(second)
+    if isinstance(fused, FusedLinearQ) and fused.quant is None:
+        _rounding(calls, call, fused)
+
+
+def _rounding(calls: list[Call], call: Call, p: FusedLinearQ) -> None:
+    """A gated product's own result as int8 blocks, when nobody reads it otherwise."""
+    y = _argument(call, "y").value
+    readers = _readers(calls, y)
+    q = readers[0].kernel.params if len(readers) == 1 and isinstance(readers[0].kernel, KernelRef) else None
+    if (
+        not isinstance(q, Quantize)
+        or (q.T, q.K) != (1, p.M)
+        or not _own(y)
+        or readers[0].args[0].value.offset != y.offset
+    ):
+        return
+    named = _named(call)
+    named |= {new: named[old] for new, old in zip(INPUTS, OUTPUTS, strict=True)}
+    named |= dict(zip(OUTPUTS, readers[0].args[1:], strict=True))
+    _become(call, "linear_q", FusedLinearQ(**fields_of(p) | {"quant": q.zero}), named)
+    calls.remove(readers[0])
 
 
 def _sole_writer(calls: list[Call], value: Value) -> Call | None:
