@@ -19,6 +19,7 @@ BACKENDS = ("opencl", "cuda")
 FOLDER = Path(__file__).parent / "profiles"
 AUTO = "auto"
 MAX_BYTES = 1 << 16
+CPU_NAME = r"[a-z0-9._-]+"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Cores:
+    """Cores of one kind that threads run on. cpu: LLVM's name; clock_ghz: the highest, 1e9 cycles per second."""
+
+    cpu: str
+    count: int
+    clock_ghz: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What a device is.
 
@@ -63,6 +73,8 @@ class Profile:
     transport:          how to reach it: a file of `transports/`.
     transport_options:  what that transport wants to know.
     gpu:                kernels are made for this GPU instead of the CPU.
+    clusters:           the `cores`, kind by kind; empty is unknown.
+    clock_source:       where their clocks come from.
     """
 
     name: str
@@ -77,6 +89,8 @@ class Profile:
     transport: str = "local"
     transport_options: tuple[tuple[str, str], ...] = ()
     gpu: Gpu | None = None
+    clusters: tuple[Cores, ...] = ()
+    clock_source: str = ""
 
     @property
     def arch(self) -> str:
@@ -147,7 +161,7 @@ class _Parser:
             name=self.path.stem,
             description=self._take("description", str),
             triple=self._matching("triple", r"auto|[a-z0-9_]+(-[a-z0-9_]+){1,3}"),
-            cpu=self._matching("cpu", r"[a-z0-9._-]+"),
+            cpu=self._matching("cpu", CPU_NAME),
             features=tuple(self._items("features", str)),
             cores=self._at_least("cores", int, 0),
             pin=tuple(self._items("pin", int)),
@@ -156,6 +170,8 @@ class _Parser:
             transport=kind,
             transport_options=tuple(sorted(transport.items())),
             gpu=gpu,
+            clusters=tuple(self._cores(one) for one in self._items("core", dict)),
+            clock_source=self._take("clock_source", str, ""),
         )
         if self.table:
             raise DeviceError(
@@ -163,7 +179,31 @@ class _Parser:
             )
         if profile.peak_bandwidth_gbs and not profile.bandwidth_source:
             raise DeviceError(f"{self.path} states a bandwidth without saying where it comes from (bandwidth_source)")
+        self._check_clusters(profile)
         return profile
+
+    def _cores(self, table: dict[str, Any]) -> Cores:
+        """One table [[core]]."""
+        sub = _Parser(self.path, table)
+        cores = Cores(
+            cpu=sub._matching("cpu", CPU_NAME),
+            count=sub._at_least("count", int, 1),
+            clock_ghz=float(sub._at_least("clock_ghz", (int, float), 0.01)),
+        )
+        if table:
+            raise DeviceError(
+                f"{self.path}: [[core]] has the unknown key {min(table)!r}", "docs/adding-a-device.md lists the keys"
+            )
+        return cores
+
+    def _check_clusters(self, profile: Profile) -> None:
+        if not profile.clusters:
+            return
+        if not profile.clock_source:
+            raise DeviceError(f"{self.path} states clocks without saying where they come from (clock_source)")
+        counted = sum(cores.count for cores in profile.clusters)
+        if counted != profile.cores:
+            raise DeviceError(f"{self.path}: the tables [[core]] count {counted} cores, `cores` is {profile.cores}")
 
     def _gpu(self, table: dict[str, Any]) -> Gpu | None:
         """The table [gpu], if there is one."""
@@ -220,7 +260,7 @@ class _Parser:
             raise DeviceError(f"{self.path}: {key} holds a negative number: {value!r}")
         return value
 
-    def _at_least(self, key: str, kind: Any, low: int) -> Any:
+    def _at_least(self, key: str, kind: Any, low: float) -> Any:
         value = self._take(key, kind, low)
         if not value >= low:
             raise DeviceError(f"{self.path}: {key} is {value!r}, expected at least {low}")

@@ -19,6 +19,7 @@ from edgeseq.compiler.codegen import KernelSet
 from edgeseq.compiler.gpu.codegen import GpuKernelSet
 from edgeseq.compiler.ir import GenericRef, KernelRef
 from edgeseq.compiler.targets import Target, resolve
+from runtimes import C_DIR
 
 GUARD = 256
 CANARY = 0xA5
@@ -114,34 +115,84 @@ class DeviceLibrary:
     ) -> list[NDArray]:
         """As Library.call: every array in one block of memory with canaries between them."""
         name = self.kernels.names[ref]
-        starts, at = [], GUARD
-        for array, shift in zip(arrays, shifts or [0] * len(arrays), strict=True):
-            at = -(-at // 64) * 64 + shift
-            starts.append(at)
-            at += array.nbytes + GUARD
-        block = np.full(at, CANARY, np.uint8)
-        for array, start in zip(arrays, starts, strict=True):
-            block[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        before = block.copy()
+        block = Block(arrays, shifts)
         memory = self.cl.Buffer(
-            self.context, self.cl.mem_flags.READ_WRITE | self.cl.mem_flags.COPY_HOST_PTR, hostbuf=block
+            self.context, self.cl.mem_flags.READ_WRITE | self.cl.mem_flags.COPY_HOST_PTR, hostbuf=block.data
         )
         threads = self.kernels.block_threads[name]
-        pairs = [x for start in starts for x in (memory, np.uint64(start))]
+        pairs = [x for start in block.starts for x in (memory, np.uint64(start))]
         self.entries[name](self.queue, (self.kernels.grids[name] * threads,), (threads,), *pairs)
-        self.cl.enqueue_copy(self.queue, block, memory)
-        writable = np.zeros(at, bool)
+        after = np.empty_like(block.data)
+        self.cl.enqueue_copy(self.queue, after, memory)
+        return block.results(after, access)
+
+
+class Block:
+    """Copies of arrays in one block of memory with canaries between them, as something else's memory gets them."""
+
+    def __init__(self, arrays: Sequence[NDArray], shifts: Sequence[int]) -> None:
+        self.arrays = arrays
+        self.starts: list[int] = []
+        at = GUARD
+        for array, shift in zip(arrays, shifts or [0] * len(arrays), strict=True):
+            at = -(-at // 64) * 64 + shift
+            self.starts.append(at)
+            at += array.nbytes + GUARD
+        self.data = np.full(at, CANARY, np.uint8)
+        for array, start in zip(arrays, self.starts, strict=True):
+            self.data[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def results(self, after: NDArray, access: str) -> list[NDArray]:
+        """What a call may have changed; fails when it changed anything else."""
+        writable = np.zeros(len(self.data), bool)
         results = []
-        for array, start, how in zip(arrays, starts, access, strict=True):
+        for array, start, how in zip(self.arrays, self.starts, access, strict=True):
             if how != "r":
                 end = start + array.nbytes
                 writable[start:end] = True
-                results.append(block[start:end].copy().view(array.dtype).reshape(array.shape))
-        assert (block == before)[~writable].all(), "an input or memory around a buffer was written"
+                results.append(after[start:end].copy().view(array.dtype).reshape(array.shape))
+        assert (after == self.data)[~writable].all(), "an input or memory around a buffer was written"
         return results
 
 
-AnyLibrary = Library | DeviceLibrary
+class EmulatedLibrary:
+    """The same for 64-bit ARM: a static program of the kernels, run once for a call by qemu."""
+
+    def __init__(self, folder: Path, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str) -> None:
+        self.qemu = shutil.which("qemu-aarch64-static") or pytest.skip("qemu-user-static is not installed")
+        self.kernels = KernelSet(resolve(target))
+        for ref, n_args in refs:
+            self.kernels.add(ref, n_args)
+        self.kernels.write_object(folder / "kernels.o", folder / "kernels.s")
+        self.assembly = (folder / "kernels.s").read_text()
+        self.kernels.write_table(folder / "table.c", 0)
+        self.program = folder / "call"
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static", "-O1", "-s"]
+        files = [Path(__file__).with_name("call.c"), folder / "table.c", folder / "kernels.o"]
+        include = f"-I{C_DIR / 'include'}"
+        subprocess.run([*command, include, "-o", str(self.program), *map(str, files)], check=True, capture_output=True)
+
+    def call(
+        self,
+        ref: KernelRef | GenericRef,
+        arrays: Sequence[NDArray],
+        access: str,
+        shifts: Sequence[int] = (),
+        seed: int = 0,
+    ) -> list[NDArray]:
+        """As Library.call."""
+        name = self.kernels.names[ref]
+        block = Block(arrays, shifts)
+        blocks = np.random.default_rng(seed).permutation(self.kernels.grids[name])
+        head = [list(self.kernels.names.values()).index(name), len(arrays), len(blocks), len(block.data)]
+        words = np.array([*head, *block.starts, *blocks], np.int64)
+        text = words.tobytes() + block.data.tobytes()
+        done = subprocess.run([self.qemu, str(self.program)], input=text, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
+        return block.results(np.frombuffer(done.stdout, np.uint8), access)
+
+
+AnyLibrary = Library | DeviceLibrary | EmulatedLibrary
 ON = ["cpu", pytest.param("opencl", marks=pytest.mark.slow)]
 """Where kernels are run, as parameters of a fixture that calls `library_on`."""
 

@@ -135,6 +135,10 @@ def test_product(library: AnyLibrary, p: LinearQ, seed: int) -> None:
     """Codes at both ends of their range, whole blocks of the largest activation among them."""
     if ref(p) not in library.kernels.names:
         pytest.skip("CPU and GPU have instructions of their own")
+    check_product(library, p, seed)
+
+
+def check_product(library: AnyLibrary, p: LinearQ, seed: int) -> None:
     d = Draw(seed)
     signed = p.bits == 8 and p.isa != "vnni"
     codes, scales, w = weights(d, p.M, p.K, p.bits)

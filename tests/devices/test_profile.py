@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from devices.profile import load_profile, profile_names
+from devices.profile import Cores, load_profile, profile_names
 from devices.transports import open_transport, transport_kinds
 from edgeseq.errors import DeviceError, UsageError
 
 GOOD = 'description = "a board"\ntriple = "aarch64-linux-gnu"\ncpu = "cortex-a55"\n'
+CLOCKED = GOOD + 'cores = 2\nclock_source = "its label"\n[[core]]\ncpu = "cortex-a55"\ncount = 2\nclock_ghz = 1.8\n'
 
 
 def test_the_profiles_that_ship() -> None:
@@ -22,6 +23,7 @@ def test_the_profiles_that_ship() -> None:
     pi = load_profile("raspberry-pi-5")
     assert (pi.arch, pi.cpu, pi.cores, pi.peak_bandwidth_gbs) == ("aarch64", "cortex-a76", 4, 17.1)
     assert "LPDDR4X-4267" in pi.bandwidth_source
+    assert pi.clusters == (Cores("cortex-a76", 4, 2.4),) and "2.4 GHz" in pi.clock_source
 
 
 def test_a_file_of_the_users_own(tmp_path: Path) -> None:
@@ -36,6 +38,10 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         (GOOD + "cors = 4\n", "unknown key 'cors'"),
+        (CLOCKED + "clock = 1\n", "core.. has the unknown key 'clock'"),
+        (CLOCKED.replace("cores = 2", "cores = 4"), "count 2 cores, `cores` is 4"),
+        (CLOCKED.replace("clock_ghz = 1.8", "clock_ghz = 0"), "clock_ghz is 0"),
+        (CLOCKED.replace("clock_source", "#"), "without saying where they come from"),
         (GOOD.replace("cpu", "core"), "lacks the key 'cpu'"),
         (GOOD + 'cores = "four"\n', "cores is 'four'"),
         (GOOD + "cores = true\n", "cores is True"),

@@ -187,7 +187,7 @@ def guard_tail(group: Expr, groups: int, rows: int, body) -> None:  # type: igno
             body(rest)
 
 
-def epilogue(k: Kernel, p: Any, acc: Buffer, at: int, t: int, row: Expr, lanes: int) -> None:
+def epilogue(k: Kernel, p: Any, acc: Buffer, at: Expr, t: Expr, row: Expr, lanes: int) -> None:
     y = load(acc, at, lanes)
     if p.bias:
         y = y + load(k["bias"], row, lanes)

@@ -10,11 +10,12 @@ multiple of 64 bytes: 576 or 1088.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..tvm_api import T
-from . import Built
+from . import Built, _neon
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, prefetch, splat, store
 from ._quantise import BLOCK, blocks
 from ._tiles import accumulators, streams, variants
@@ -31,7 +32,7 @@ GROUPS_OF_4 = BLOCK // 4
 
 @dataclass(frozen=True)
 class LinearQ:
-    """isa: "vnni" (x86 u8 x s8, 64 bytes), "dotprod" (ARM s8 x s8, 16 bytes) or "plain" (any CPU).
+    """isa: "vnni" or "avx2" (x86 u8 x s8), "dotprod" or "i8mm" (ARM s8 x s8, see `_neon`) or "plain" (any CPU).
 
     tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns.
     """
@@ -57,6 +58,9 @@ class LinearQ:
 def candidates(p: LinearQ, target: Target) -> list[LinearQ]:
     """What tuning may choose from: as for `linear`; an accumulator has two registers, for floats and for integers."""
     groups = -(-p.M // LANES)
+    if p.T > 1 and p.isa in _neon.NAMES:
+        own = min(p.T, p.tile[0])
+        return [p, *(replace(p, tile=(n, 1)) for n in _neon.TILES[p.isa] if n <= p.T and n != own)]
     return streams(p, groups) if p.T == 1 else variants(p, p.T, groups, accumulators(target.features) // 2)
 
 
@@ -80,6 +84,10 @@ def build(name: str, p: LinearQ) -> Built:
 
 def _rows(k: Kernel, p: LinearQ, groups: int, mine: list[Expr]) -> None:
     """Some groups of rows for all tokens, in tiles of tokens."""
+    if p.isa in _neon.NAMES and p.T > 1:
+        for group in mine:
+            _neon.chunk(k, p, group, _finisher(k, p, groups, group))
+        return
     rows = len(mine)
     tokens = 1 if p.T == 1 else -(-p.T // -(-p.T // p.tile[0]))
     acc = local(tokens * rows * LANES)
@@ -92,7 +100,11 @@ def _rows(k: Kernel, p: LinearQ, groups: int, mine: list[Expr]) -> None:
                 guard_tail(group, groups, p.M, _finish(k, p, acc, at, t0 + t, group))
 
 
-def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: int, t: int, group: Expr):  # type: ignore[no-untyped-def]
+def _finisher(k: Kernel, p: LinearQ, groups: int, group: Expr) -> Callable[[Buffer, Expr, Expr], None]:
+    return lambda acc, at, t: guard_tail(group, groups, p.M, _finish(k, p, acc, at, t, group))
+
+
+def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: Expr, t: Expr, group: Expr):  # type: ignore[no-untyped-def]
     return lambda lanes: epilogue(k, p, acc, at, t, group * LANES, lanes)
 
 
@@ -101,6 +113,8 @@ def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: li
 
     k has q, scale, offset, w and ws; p has bits and isa; n is the number of blocks of a row, even.
     """
+    if p.isa in _neon.NAMES:
+        return _neon.multiply_tile(k, p, acc, tokens, groups, n)
     pair_bytes, rows = PAIR_BYTES[p.bits], len(groups)
     for i in range(len(tokens) * rows):
         store(acc, i * LANES, splat(0.0))
@@ -178,13 +192,6 @@ def _dot(isa: str, bits: int, ints: Buffer, at: int, w: Expr, x: Expr) -> None:
         codes = T.reinterpret("int8x64", w[T.ramp(0, 1, 64)])
         name = "llvm.x86.avx512.vpdpbusd.512"
         store(ints, at, T.call_llvm_pure_intrin("int32x16", name, load(ints, at), codes, wide))
-    elif isa == "dotprod":
-        wide = T.reinterpret("int8x16", T.broadcast(x, 4))
-        for i in range(4):
-            codes = T.reinterpret("int8x16", w[T.ramp(i * 16, 1, 16)])
-            acc = load(ints, at + i * 4, 4)
-            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-            store(ints, at + i * 4, T.call_llvm_pure_intrin("int32x4", name, acc, codes, wide), 4)
     elif isa == "avx2":
         _dot_avx2(bits, ints, at, w, x)
     else:
