@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ from .machine import Machine, model_of, onnx_stream, port
 from .test_kernels import close
 from .test_quantised import rounded
 
-PROFILE = """description = "a core of this machine's kind, without its newer instructions"
-triple = "x86_64-linux-gnu"
+PROFILE = """description = "a core without newer instructions"
+triple = "{arch}-linux-gnu"
 cpu = "{cpu}"
 
 [transport]
 kind = "local"
 """
-CPUS = {"avx2": "haswell", "plain": "nehalem"}
-"""Instruction sets that any x86-64 machine of today can run, by LLVM's name of a core that has no more."""
+ARM = {"dotprod": "cortex-a76", "i8mm": "cortex-x4"}
+CPUS = {"avx2": "haswell", "plain": "nehalem"} | ARM
+"""Instruction sets by LLVM's name of a core that has no more; any x86-64 machine of today can run those of x86."""
 
 
 def is_x86() -> bool:
@@ -159,7 +161,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str],
         if (family, quant, isa) not in made:
             target = isa if isa not in CPUS else str(folder / f"{isa}.toml")
             if isa in CPUS:
-                Path(target).write_text(PROFILE.format(cpu=CPUS[isa]))
+                Path(target).write_text(PROFILE.format(arch="aarch64" if isa in ARM else "x86_64", cpu=CPUS[isa]))
             made[family, quant, isa] = compile_export(folder / "export", target, folder / isa)
         return made[family, quant, isa]
 
@@ -195,14 +197,18 @@ def test_bundles_hold_to_pytorch(built: Callable[[str, str, str], Path], family:
 
 
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="qemu-user-static is not installed")
-@pytest.mark.parametrize(("family", "quant"), [("mamba", "int4"), ("retnet", "int8")])
-def test_bundles_hold_on_arm(built: Callable[[str, str, str], Path], family: str, quant: str) -> None:
-    """The dotprod kernels of a Raspberry Pi 5, emulated."""
-    bundle = built(family, quant, "raspberry-pi-5")
-    assert "isadotprod" in kernels(bundle)
+@pytest.mark.parametrize(("family", "quant", "isa"), [("mamba", "int4", "dotprod"), ("retnet", "int8", "i8mm")])
+def test_bundles_hold_on_arm(built: Callable[[str, str, str], Path], family: str, quant: str, isa: str) -> None:
+    """Of a Cortex-A76 and a Cortex-X4, emulated; a core that lacks the instructions is refused by name."""
+    bundle = built(family, quant, isa)
+    assert f"isa{isa}" in kernels(bundle)
     report = verify(bundle, device="qemu-aarch64")
     assert report.ok, [s for s in report.stages if not s.ok]
     assert any(stage.name.endswith("rounding") for stage in report.stages)
+    older = {"dotprod": "cortex-a72", "i8mm": "cortex-a76"}[isa]
+    command = ["qemu-aarch64-static", "-cpu", older, bundle / "edgeseq-device", bundle / "model.edgeseq", "check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode and isa in done.stderr, done.stderr
 
 
 def packed(m: int, k: int, bits: int) -> int:
