@@ -251,7 +251,7 @@ def wide_export(where: Path, width: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
-    """768 MiB of weights in tensors of 64 MiB: the tensor, its packed form, what the file map holds of both, some room."""
+    """768 MiB of weights in tensors of 64 MiB: the tensor, its packed form, what the map holds of both, and room."""
     small, large = (
         compiled_elsewhere(wide_export(tmp_path / name, width), "host", tmp_path / f"{name}.bundle")
         for name, width in (("small", 64), ("large", 4096))
