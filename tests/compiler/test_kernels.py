@@ -38,6 +38,7 @@ ELSEWHERE = {
     "cumulative": "test_sorting.py",
     "dense_scan": "test_scans.py",
     "diag_scan": "test_scans.py",
+    "linear_attention_chunk": "test_linear_attention.py",
     "linear_q": "test_quantised.py",
     "embed_q": "test_quantised.py",
     "expert_linear": "test_expert_kernels.py",
