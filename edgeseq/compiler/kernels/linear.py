@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tvm_api import PrimFunc, T
 from . import Built
-from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, silu, splat, split_blocks, store
+from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, prefetch, silu, splat, split_blocks, store
 from ._tiles import accumulators, most_streams, streams, variants
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Linear:
 
 
 GEMV_UNROLL = 8
+LINE = 64
+AHEAD = 1088
+"""Bytes that a GEMV of several streams asks for ahead in each, into the first cache."""
 
 
 def candidates(p: Linear, target: Target) -> list[Linear]:
@@ -126,9 +129,12 @@ def _gemv(k: Kernel, p: Linear, groups: int, mine: list[Expr]) -> None:
         at = (r * chains + chain) * LANES
         store(acc, at, load(acc, at) + product)
 
+    size = 4 if p.wdtype == "float32" else 2
     with T.serial(p.K // unroll) as step:
         for r in range(rows):
             for u in range(unroll):
+                if rows > 1 and u * LANES * size % LINE == 0:
+                    prefetch(k["w"], bases[r] + (step * unroll + u) * LANES + AHEAD // size)
                 term(step * unroll + u, r, u % chains)
     for i in range(p.K // unroll * unroll, p.K):
         for r in range(rows):
