@@ -9,7 +9,9 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Several workers share the cores: one thread each for the libraries that would take all."""
+    """Several workers share the cores: one thread each for the libraries that would take all. PoCL compiles without
+    optimising: that takes minutes for a large kernel, which then runs for milliseconds."""
+    os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
     if hasattr(config, "workerinput"):
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, "1")
