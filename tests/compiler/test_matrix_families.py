@@ -19,11 +19,17 @@ from edgeseq.models.mamba2 import Mamba2Config
 from edgeseq.models.source import random_source
 from edgeseq.models.twin import family_of_config
 from exporters import export
+from tests.every import rotated
 from tests.models.test_matrix_state import ODD
 
 QUICK = {"mamba2-groups": "onnx", "gated-delta-net": "ort"}
 CASES = [pytest.param(n, QUICK[n]) for n in QUICK]
-CASES += [pytest.param(n, f, marks=pytest.mark.slow) for n in ODD for f in ("onnx", "ort") if QUICK.get(n) != f]
+CASES += [
+    pytest.param(n, f, marks=pytest.mark.slow)
+    for i, n in enumerate(ODD)
+    for f in rotated(i, ("onnx", "ort"))
+    if QUICK.get(n) != f
+]
 
 
 def made(name: str, folder: Path, flavour: str = "onnx", target: str = "host") -> Path:
