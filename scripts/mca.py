@@ -118,7 +118,16 @@ def assembly(target: Target, storage: str, tokens: int, rows: int, width: int) -
         raise UsageError(f"there is no storage {storage!r}", f"known: {', '.join(BYTES)}")
     params: Linear | LinearQ
     if storage in DTYPES:
-        params = Linear(tokens, rows, width, width, DTYPES[storage], tile=target.gemm_tile, streams=target.streams)
+        params = Linear(
+            tokens,
+            rows,
+            width,
+            width,
+            DTYPES[storage],
+            tile=target.gemm_tile,
+            streams=target.streams,
+            chains=target.chains,
+        )
     else:
         bits, dot = int(storage[3:]), target.dot
         params = LinearQ(tokens, rows, width, bits, dot.name, tile=dot.tile, streams=target.streams)

@@ -26,6 +26,7 @@ class Linear:
 
     tile: (tokens, row groups) held in registers by the GEMM.
     streams: row groups that a block of the GEMV reads in turns.
+    chains: sums of 16 rows that the GEMV keeps, of all streams together.
     """
 
     T: int
@@ -39,6 +40,7 @@ class Linear:
     act: str = "none"
     tile: tuple[int, int] = (12, 2)
     streams: int = 1
+    chains: int = 8
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def _gemv(k: Kernel, p: Linear, groups: int, mine: list[Expr]) -> None:
     """One block = a group of 16 rows of each stream; independent accumulators hide the multiply-add's latency."""
     rows = len(mine)
     unroll = GEMV_UNROLL if p.K >= GEMV_UNROLL else 1
-    chains = max(1, unroll // rows)
+    chains = max(1, min(unroll, p.chains) // rows)
     acc = local(rows * chains * LANES)
     for i in range(rows * chains):
         store(acc, i * LANES, splat(0.0))

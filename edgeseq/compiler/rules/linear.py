@@ -58,6 +58,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
             T=math.prod(graph.shape(x)[:-1]), M=m, K=xv.cols, ldx=xv.ld, wdtype=w.dtype, bias=bool(after.bias),
             residual=rv is not None, ldr=rv.ld if rv else 0, tile=low.target.gemm_tile,
             streams=low.target.streams,
+            chains=low.target.chains,
         )  # fmt: skip
         optional = [Arg(low.weight(after.bias, "plain"), "r")] if after.bias else []
         optional += [Arg(rv, "r")] if rv else []

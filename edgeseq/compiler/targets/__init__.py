@@ -41,6 +41,7 @@ class Target:
     dot:       the byte product and its tile.
     streams:   groups of 16 rows that a GEMV reads in turns: a core that prefetches each stream on its own reads several
                faster than one.
+    chains:    sums of 16 rows that a GEMV of floats keeps, which hide the latency of multiply-add.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
     platform:  "android" where code has to keep to its rules; else empty.
     cores:     threads to run unless the caller says another number; 0 is one per core. pin: cores to pin them to.
@@ -55,6 +56,7 @@ class Target:
     gemm_tile: tuple[int, int]
     dot: Dot
     streams: int = 1
+    chains: int = 8
     gpu: Gpu | None = None
     platform: str = ""
     cores: int = 0

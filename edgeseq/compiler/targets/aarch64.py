@@ -30,4 +30,5 @@ def make(profile: Profile) -> Target:
         features=tuple(ours for theirs, ours in CHECKED.items() if theirs in present),
         gemm_tile=(6, 1),
         dot=Dot(dot, signed=True, tile=(4, 1)),
+        chains=2,  # eight registers; eight chains would need all 32
     )
