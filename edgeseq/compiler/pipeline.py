@@ -41,6 +41,7 @@ from .gpu.argmax import NEXT, pick_next
 from .gpu.codegen import GpuKernelSet
 from .gpu.merge import merge
 from .graph import Graph, Weight, load_graph
+from .interrupts import held_interrupts
 from .ir import Arg, Call, Storage
 from .link import link
 from .lowering import Lowering, Memory
@@ -122,7 +123,27 @@ def _compile(
 ) -> Path:
     """read: the graph of one of the manifest's files. carry: writes what else belongs into the bundle's folder."""
     chosen = resolve(target)
-    report = progress or (lambda what, done, total: None)
+    with held_interrupts() as check:
+
+        def report(what: str, done: int, total: int) -> None:
+            check()
+            if progress:
+                progress(what, done, total)
+
+        return _compile_for(chosen, manifest, read, target, out, carry, tuning, report, dump)
+
+
+def _compile_for(
+    chosen: Target,
+    manifest: Manifest,
+    read: Callable[[GraphFile], Graph],
+    target: str,
+    out: Path,
+    carry: Callable[[Path], None],
+    tuning: Tuning | None,
+    report: Progress,
+    dump: Path | None,
+) -> Path:
     memory = Memory()
     lowered: list[tuple[GraphFile, list[Call], int]] = []
     graphs = sorted(manifest.graphs, key=lambda g: g.signature.tokens)
@@ -152,7 +173,7 @@ def _compile(
         dumps.write(dump, lowered, kernels)
     with new_bundle(out) as folder, tempfile.TemporaryDirectory(prefix="edgeseq-") as work:
         _build(chosen, kernels, encode(plan).plan_id, folder, Path(work), report, dump)
-        plan_id = write_plan(plan, folder / "model.edgeseq", progress)
+        plan_id = write_plan(plan, folder / "model.edgeseq", report)
         write_facts(plan, plan_id, folder)
         carry(folder)
     return out

@@ -1,0 +1,38 @@
+"""Ctrl-C is held until a check, and takes the place of errors that it caused itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, signal
+from edgeseq.compiler.interrupts import held_interrupts
+said = []
+try:
+    with held_interrupts() as check:
+        check()
+        os.kill(os.getpid(), signal.SIGINT)
+        said.append("held")
+        {then}
+    said.append("done")
+except BaseException as error:
+    said.append(type(error).__name__)
+print(*said, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ("check()", "held KeyboardInterrupt True"),
+        ("raise RuntimeError('zig was interrupted')", "held KeyboardInterrupt True"),
+        ("os.kill(os.getpid(), signal.SIGINT); said.append('never')", "held KeyboardInterrupt True"),
+        ("pass", "held done True"),
+    ],
+)
+def test_an_interrupt_waits_for_the_check(then: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(then=then)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == said, done.stderr
