@@ -48,5 +48,5 @@ def test_a_loop_on_the_emulator(tmp_path: Path) -> None:
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static", "-O1"]
     subprocess.run([*zig, "-o", program, str(source)], check=True, capture_output=True)
     command = [sys.executable, str(SCRIPT), "--per", "1000", "--", program, "2000", "--", program, "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout.endswith("2 each of 1000\n"), done.stdout + done.stderr
