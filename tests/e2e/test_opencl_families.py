@@ -50,6 +50,9 @@ FEWEST: dict[str, dict[str, Any]] = {
 """Layers of a tiny model that are enough for one of each kind; of the others one is."""
 SMALL: dict[str, Any] = {family_of_config(config).name: config for config in reversed(ODD.values())}
 SMALL["gpt2"] = replace(SMALL["gpt2"], n_positions=128)
+SMALL["gated-delta-net"] = replace(
+    SMALL["gated-delta-net"], eps=1e-2
+)  # a small one would amplify rounding in narrow heads
 STEP_MODELS = {name: record for name, record in step_families().items() if record.tiny is not None}
 CASES = [
     (name, storage)
