@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import edgeseq
+from tests.every import EVERY
 
 from .support import COUNT, FAMILIES, QEMU, close, done, driver, ids, model
 
@@ -42,7 +43,9 @@ def test_the_python_api(name: str, threads: int) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("name", ["mamba", "llama-gqa", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize(
+    "name", ["mamba", "llama-gqa", *(pytest.param(n, marks=pytest.mark.slow) for n in (SLOW if EVERY else SLOW[::2]))]
+)
 def test_the_device_bundle(name: str, tmp_path: Path) -> None:
     """The same on aarch64, under emulation, by the bundle's own driver."""
     m = model(name)

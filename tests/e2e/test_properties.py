@@ -21,6 +21,7 @@ from edgeseq.runtime import Model, Session
 from edgeseq.verify import verify
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
+from tests.every import EVERY
 from tests.models.support import ODD, random_model
 
 from .support import QEMU, folder, once
@@ -83,7 +84,7 @@ def test_the_chain_verifies(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(QEMU is None, reason="qemu-user-static is not installed")
-@pytest.mark.parametrize("name", sorted(ODD))
+@pytest.mark.parametrize("name", sorted(ODD) if EVERY else sorted(ODD)[::2])
 def test_the_chain_verifies_for_aarch64(name: str) -> None:
     report = verify(bundle(name, "raspberry-pi-5"), device="qemu-aarch64")
     assert report.ok, [s for s in report.stages if not s.ok]
