@@ -4,7 +4,8 @@
         -- bundle/edgeseq-device bundle/model.edgeseq run --tokens 5 -n 1 --threads 1
 
 prints the count of each command and, of two, their difference over --per: the instructions of a token, loading left
-out. One thread: the log of several is one text. Needs qemu-aarch64-static; a few minutes for a small model.
+out. --within leaves out code that no token runs, such as what packs weights at load, whose log would be long. One
+thread: the log of several is one text. Needs qemu-aarch64-static; a few minutes for a small model.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per", type=int, default=1)
     parser.add_argument("--cpu", default="max")
+    parser.add_argument("--within", metavar="START..END,…", help="count code at these addresses alone")
     own, *commands = _split(sys.argv[1:])
     args = parser.parse_args(own)
-    counts = [count(command, args.cpu) for command in commands]
+    counts = [count(command, args.cpu, args.within) for command in commands]
     for command, n in zip(commands, counts, strict=True):
         print(f"{n} {' '.join(command)}")
     if len(counts) == 2:
@@ -42,8 +44,8 @@ def _split(words: list[str]) -> list[list[str]]:
     return parts
 
 
-def count(command: list[str], cpu: str) -> int:
-    options = ["-cpu", cpu, "-d", "in_asm,exec,nochain"]
+def count(command: list[str], cpu: str, within: str | None = None) -> int:
+    options = ["-cpu", cpu, "-d", "in_asm,exec,nochain", *(["-dfilter", within] if within else [])]
     with subprocess.Popen(
         ["qemu-aarch64-static", *options, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=1 << 20
     ) as running:

@@ -50,3 +50,5 @@ def test_a_loop_on_the_emulator(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--per", "1000", "--", program, "2000", "--", program, "1000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout.endswith("2 each of 1000\n"), done.stdout + done.stderr
+    command = [sys.executable, str(SCRIPT), "--within", "0x0..0x1", "--", program, "9"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=600).stdout.startswith("0 ")
