@@ -47,7 +47,7 @@ factory = Filter
 
 
 @cache
-def _folder() -> Path:
+def folder() -> Path:
     path = Path(tempfile.mkdtemp(prefix="edgeseq-tests-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -56,10 +56,10 @@ def _folder() -> Path:
 @cache
 def exported(name: str) -> Path:
     """The export of a random model: a name of CONFIGS, or "filter", whose steps are named inputs."""
-    out = _folder() / f"{name}.export"
+    out = folder() / f"{name}.export"
     if name == "filter":
-        (_folder() / "filter.py").write_text(FILTER)
-        export(open_source(f"{_folder() / 'filter.py'}:factory"), out)
+        (folder() / "filter.py").write_text(FILTER)
+        export(open_source(f"{folder() / 'filter.py'}:factory"), out)
     else:
         export(random_model(name), out, context=CONTEXT, chunks=CHUNKS)
     return out
@@ -74,6 +74,6 @@ def bundled(name: str, target: str = "host") -> Path:
     """The bundle of that export for `target`."""
     from edgeseq.compiler import compile_export  # loads TVM
 
-    out = _folder() / f"{name}.{target}"
+    out = folder() / f"{name}.{target}"
     compile_export(exported(name), target, out)
     return out

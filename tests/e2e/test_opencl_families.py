@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +21,7 @@ from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.runtime import bundle_manifest, runtime_stages
 from edgeseq.verify.tolerances import ROUNDING_CHOICES
 from exporters import export
+from tests.bundles import folder
 from tests.every import EVERY, rotated
 from tests.models.support import ODD
 from tests.runtime.build import opencl_missing
@@ -65,13 +63,6 @@ TOKENS = 64
 
 
 @cache
-def _folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="edgeseq-tests-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
-
-
-@cache
 def exported(name: str, storage: str) -> Path:
     """A trained model by its name in the zoo; of a family one of odd sizes, or where those are too narrow to be
     quantised, the tiny one with few layers."""
@@ -84,14 +75,14 @@ def exported(name: str, storage: str) -> Path:
         record = families()[name]
         few = replace(record.tiny, **FEWEST.get(name, {"n_layers": 1}))
         source = random_source(name, record, SMALL[name] if quant == "none" else few)
-    out = _folder() / f"{name}.{storage}"
+    out = folder() / f"{name}.{storage}"
     export(source, out, context=128, chunks=(4,), dtype=dtype, quant=quant)
     return out
 
 
 @cache
 def bundled(name: str, storage: str, target: str) -> Path:
-    out = _folder() / f"{name}.{storage}.{target}"
+    out = folder() / f"{name}.{storage}.{target}"
     compile_export(exported(name, storage), target, out)
     return out
 
