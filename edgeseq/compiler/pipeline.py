@@ -130,53 +130,39 @@ def _compile(
             if progress:
                 progress(what, done, total)
 
-        return _compile_for(chosen, manifest, read, target, out, carry, tuning, report, dump)
-
-
-def _compile_for(
-    chosen: Target,
-    manifest: Manifest,
-    read: Callable[[GraphFile], Graph],
-    target: str,
-    out: Path,
-    carry: Callable[[Path], None],
-    tuning: Tuning | None,
-    report: Progress,
-    dump: Path | None,
-) -> Path:
-    memory = Memory()
-    lowered: list[tuple[GraphFile, list[Call], int]] = []
-    graphs = sorted(manifest.graphs, key=lambda g: g.signature.tokens)
-    for i, graph_file in enumerate(graphs):
-        report("lower", i, len(graphs))
-        lowering = Lowering(read(graph_file), graph_file.signature, memory, chosen)
-        calls = lowering.run()
+        memory = Memory()
+        lowered: list[tuple[GraphFile, list[Call], int]] = []
+        graphs = sorted(manifest.graphs, key=lambda g: g.signature.tokens)
+        for i, graph_file in enumerate(graphs):
+            report("lower", i, len(graphs))
+            lowering = Lowering(read(graph_file), graph_file.signature, memory, chosen)
+            calls = lowering.run()
+            if chosen.gpu:
+                pick_next(lowering)
+                merge(calls, chosen.gpu)
+            mark_outputs_only(calls)
+            lowered.append((graph_file, calls, plan_arena(calls)))
+        meta: dict[str, Any] = {"tvm": version("apache-tvm")}
+        if tuning is not None:
+            every = [(g.signature.tokens, calls) for g, calls, _ in lowered]
+            tuning = replace(tuning, device=tuning.device or target)
+            meta[TUNING] = tune(every, manifest, chosen, tuning, report).to_json()
+        kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)
+        total = sum(len(calls) for _, calls, _ in lowered)
+        for i, call in enumerate(call for _, calls, _ in lowered for call in calls):
+            report("kernels", i, total)
+            kernels.add(call.kernel, len(call.args))
         if chosen.gpu:
-            pick_next(lowering)
-            merge(calls, chosen.gpu)
-        mark_outputs_only(calls)
-        lowered.append((graph_file, calls, plan_arena(calls)))
-    meta: dict[str, Any] = {"tvm": version("apache-tvm")}
-    if tuning is not None:
-        every = [(g.signature.tokens, calls) for g, calls, _ in lowered]
-        tuning = replace(tuning, device=tuning.device or target)
-        meta[TUNING] = tune(every, manifest, chosen, tuning, report).to_json()
-    kernels = GpuKernelSet(chosen) if chosen.gpu else KernelSet(chosen)
-    total = sum(len(calls) for _, calls, _ in lowered)
-    for i, call in enumerate(call for _, calls, _ in lowered for call in calls):
-        report("kernels", i, total)
-        kernels.add(call.kernel, len(call.args))
-    if chosen.gpu:
-        report("code", 0, 2)
-    plan = _plan(manifest, chosen, memory, lowered, kernels, meta)
-    if dump is not None:
-        dumps.write(dump, lowered, kernels)
-    with new_bundle(out) as folder, tempfile.TemporaryDirectory(prefix="edgeseq-") as work:
-        _build(chosen, kernels, encode(plan).plan_id, folder, Path(work), report, dump)
-        plan_id = write_plan(plan, folder / "model.edgeseq", report)
-        write_facts(plan, plan_id, folder)
-        carry(folder)
-    return out
+            report("code", 0, 2)
+        plan = _plan(manifest, chosen, memory, lowered, kernels, meta)
+        if dump is not None:
+            dumps.write(dump, lowered, kernels)
+        with new_bundle(out) as folder, tempfile.TemporaryDirectory(prefix="edgeseq-") as work:
+            _build(chosen, kernels, encode(plan).plan_id, folder, Path(work), report, dump)
+            plan_id = write_plan(plan, folder / "model.edgeseq", report)
+            write_facts(plan, plan_id, folder)
+            carry(folder)
+        return out
 
 
 def _build(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,29 @@ class Library:
         return [h.array for h, how in zip(held, access, strict=True) if how != "r"]
 
 
-class DeviceLibrary:
+class InOneBlock(ABC):
+    """Calls whose arrays lie in one block of memory that something else than this process works on."""
+
+    kernels: KernelSet
+
+    def call(
+        self,
+        ref: KernelRef | GenericRef,
+        arrays: Sequence[NDArray],
+        access: str,
+        shifts: Sequence[int] = (),
+        seed: int = 0,
+    ) -> list[NDArray]:
+        """As Library.call."""
+        name, block = self.kernels.names[ref], Block(arrays, shifts)
+        return block.results(self._run(name, block, seed), access)
+
+    @abstractmethod
+    def _run(self, name: str, block: Block, seed: int) -> NDArray:
+        """The block's bytes after kernel `name`."""
+
+
+class DeviceLibrary(InOneBlock):
     """The same for GPU kernels, on the first OpenCL device there is; blocks run in the device's order."""
 
     def __init__(self, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str | Target = "opencl") -> None:
@@ -105,17 +128,7 @@ class DeviceLibrary:
         program = cl.Program(self.context, self.kernels.source()).build(options=newest)
         self.entries = {name: cl.Kernel(program, name) for name in self.kernels.pointers}
 
-    def call(
-        self,
-        ref: KernelRef | GenericRef,
-        arrays: Sequence[NDArray],
-        access: str,
-        shifts: Sequence[int] = (),
-        seed: int = 0,
-    ) -> list[NDArray]:
-        """As Library.call: every array in one block of memory with canaries between them."""
-        name = self.kernels.names[ref]
-        block = Block(arrays, shifts)
+    def _run(self, name: str, block: Block, seed: int) -> NDArray:
         memory = self.cl.Buffer(
             self.context, self.cl.mem_flags.READ_WRITE | self.cl.mem_flags.COPY_HOST_PTR, hostbuf=block.data
         )
@@ -124,7 +137,7 @@ class DeviceLibrary:
         self.entries[name](self.queue, (self.kernels.grids[name] * threads,), (threads,), *pairs)
         after = np.empty_like(block.data)
         self.cl.enqueue_copy(self.queue, after, memory)
-        return block.results(after, access)
+        return after
 
 
 class Block:
@@ -155,7 +168,7 @@ class Block:
         return results
 
 
-class EmulatedLibrary:
+class EmulatedLibrary(InOneBlock):
     """The same for 64-bit ARM: a static program of the kernels, run once for a call by qemu."""
 
     def __init__(self, folder: Path, refs: Iterable[tuple[KernelRef | GenericRef, int]], target: str) -> None:
@@ -172,24 +185,14 @@ class EmulatedLibrary:
         include = f"-I{C_DIR / 'include'}"
         subprocess.run([*command, include, "-o", str(self.program), *map(str, files)], check=True, capture_output=True)
 
-    def call(
-        self,
-        ref: KernelRef | GenericRef,
-        arrays: Sequence[NDArray],
-        access: str,
-        shifts: Sequence[int] = (),
-        seed: int = 0,
-    ) -> list[NDArray]:
-        """As Library.call."""
-        name = self.kernels.names[ref]
-        block = Block(arrays, shifts)
+    def _run(self, name: str, block: Block, seed: int) -> NDArray:
         blocks = np.random.default_rng(seed).permutation(self.kernels.grids[name])
-        head = [list(self.kernels.names.values()).index(name), len(arrays), len(blocks), len(block.data)]
+        head = [list(self.kernels.names.values()).index(name), len(block.arrays), len(blocks), len(block.data)]
         words = np.array([*head, *block.starts, *blocks], np.int64)
         text = words.tobytes() + block.data.tobytes()
         done = subprocess.run([self.qemu, str(self.program)], input=text, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr.decode()
-        return block.results(np.frombuffer(done.stdout, np.uint8), access)
+        return np.frombuffer(done.stdout, np.uint8)
 
 
 AnyLibrary = Library | DeviceLibrary | EmulatedLibrary
