@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.linear_attention import LinearAttention, argument_size
+from ..kernels.linear_attention import LinearAttention
 from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
@@ -67,19 +67,16 @@ class SteppedAttention(LinearAttention):
         return ("q", "k", "v", "dt", *bias, "A", *skip, *gate, "past", "o")
 
     def size(self, name: str) -> int:
-        """Floats that an argument spans."""
         rows = {"dt": (self.lddt, self.H), "z": (self.ldz, self.H * self.V)}
         if name in rows:
             return (self.T - 1) * rows[name][0] + rows[name][1]
-        return self.H if name in ("dt_bias", "A", "D") else argument_size(self, name)
+        return self.H if name in ("dt_bias", "A", "D") else super().size(name)
 
 
 def build(name: str, p: LinearAttention, gpu: Any) -> Built:
     columns, lines = _cut(p, gpu)
     grid, threads = p.H * blocks_of(p.V, columns), columns * lines
-    stepped = isinstance(p, SteppedAttention)
-    sizes = [(a, "float32", p.size(a) if stepped else argument_size(p, a)) for a in p.args]  # type: ignore[attr-defined]
-    with kernel(name, sizes, grid, threads, gpu) as k:
+    with kernel(name, [(a, "float32", p.size(a)) for a in p.args], grid, threads, gpu) as k:
         _Head(k, p, columns, lines, gpu.local_bytes).run()
     return Built(k.func, grid, threads)
 

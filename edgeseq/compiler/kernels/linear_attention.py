@@ -73,6 +73,21 @@ class LinearAttention:
             wide //= 2
         return next(n for n in (4, 2, 1) if n <= wide and self.V // LANES % n == 0)
 
+    def size(self, name: str) -> int:
+        """Floats that argument `name` spans."""
+        rows = {
+            "q": (self.ldq, self.Hq * self.K), "k": (self.ldk, self.Hk * self.K), "v": (self.ldv, self.H * self.V),
+            "a": (self.lda, self.H * self.K), "b": (self.ldb, self.H * self.K), "beta": (self.ldb, self.H),
+            "o": (self.group * self.H * self.V,) * 2,
+            "decay": (self.ldg, self.H * self.K if self.decay == "key" else self.H),
+        }  # fmt: skip
+        if name == "past":
+            return self.H * self.K * self.V
+        if name == "decay" and self.decay == "constant":
+            return self.H
+        ld, width = rows[name]
+        return (self.T - 1) * ld + width
+
 
 def token_tile(gemm_tile: tuple[int, int]) -> tuple[int, int]:
     """`tile` for registers that hold so many accumulators of a product: wide strips, as their rows lie together."""
@@ -94,7 +109,7 @@ def build(name: str, p: LinearAttention) -> Built:
     """A head has V // (16 strip) blocks of whole vectors and, where V is no multiple of 16, one of the rest."""
     whole, rest = p.V // LANES // p.strip, p.V % LANES
     strips = whole + (1 if rest else 0)
-    with kernel(name, [(a, "float32", argument_size(p, a)) for a in p.args]) as kern:
+    with kernel(name, [(a, "float32", p.size(a)) for a in p.args]) as kern:
         head, index = let(kern.block // strips), let(kern.block % strips)
 
         def full() -> None:
@@ -127,21 +142,6 @@ def _emit(block: _Block) -> None:
     loop(whole, lambda i: tile.run(i * tokens, tokens))
     if p.T % tokens:
         tile.run(whole * tokens, p.T % tokens)
-
-
-def argument_size(p: LinearAttention, name: str) -> int:
-    """Floats that argument `name` spans."""
-    rows = {
-        "q": (p.ldq, p.Hq * p.K), "k": (p.ldk, p.Hk * p.K), "v": (p.ldv, p.H * p.V), "a": (p.lda, p.H * p.K),
-        "b": (p.ldb, p.H * p.K), "beta": (p.ldb, p.H), "o": (p.group * p.H * p.V,) * 2,
-        "decay": (p.ldg, p.H * p.K if p.decay == "key" else p.H),
-    }  # fmt: skip
-    if name == "past":
-        return p.H * p.K * p.V
-    if name == "decay" and p.decay == "constant":
-        return p.H
-    ld, width = rows[name]
-    return (p.T - 1) * ld + width
 
 
 class _Block:

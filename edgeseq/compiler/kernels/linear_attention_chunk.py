@@ -20,7 +20,7 @@ from ..tvm_api import T, tirx
 from . import Built
 from ._emit import LANES, Buffer, Expr, Kernel, kernel, let, load, local, loop, pieces, splat, store
 from ._lanes import sums_of_sixteen
-from .linear_attention import SCRATCH, LinearAttention, argument_size
+from .linear_attention import SCRATCH, LinearAttention
 
 TOKENS = 32  # of a sub-chunk
 FROM = 32  # tokens of a call, below which the token loop is no slower
@@ -73,7 +73,7 @@ def chunk_tile(gemm_tile: tuple[int, int]) -> tuple[int, int]:
 def build(name: str, p: LinearAttentionChunk) -> Built:
     whole, rest = divmod(p.V, p.width)
     strips = whole + (1 if rest else 0)
-    with kernel(name, [(a, "float32", argument_size(p, a)) for a in p.args]) as kern:
+    with kernel(name, [(a, "float32", p.size(a)) for a in p.args]) as kern:
         first, strip = let(kern.block // strips * p.heads), let(kern.block % strips)
         if not rest:
             _Block(kern, p, first, strip * p.width, p.width).run()

@@ -14,6 +14,7 @@ from ..gpu.linear_attention import SteppedAttention
 from ..ir import Arg, KernelRef
 from ..kernels.linear_attention import token_tile
 from . import Claim, Rule
+from .glu import gated
 from .linear_attention import queries_of, unrepeated
 
 if TYPE_CHECKING:
@@ -120,17 +121,13 @@ def _product_with_weight(graph: Graph, name: str, factor: str, size: int) -> str
 
 
 def _gate(graph: Graph, name: str) -> tuple[str, tuple[Node, ...]] | None:
-    """z and the nodes of name * (z * sigmoid(z)), when nobody else reads what they make."""
+    """z and the nodes of name * (z * sigmoid(z)), when nobody else reads `name` or what they make."""
     product = graph.sole_consumer(name)
     gate = graph.producer.get(_other(product, name)) if product is not None and product.op == "Mul" else None
-    if product is None or gate is None or gate.op != "Mul" or graph.sole_consumer(gate.outputs[0]) is not product:
-        return None
-    for z, s in (gate.inputs, gate.inputs[::-1]):
-        sigmoid = graph.producer.get(s)
-        if sigmoid is None or sigmoid.op != "Sigmoid" or sigmoid.inputs[0] != z or graph.sole_consumer(s) is not gate:
-            continue
-        if graph.types[z] == graph.types[name] and z not in graph.weights:
-            return z, (sigmoid, gate, product)
+    for sigmoid in (graph.producer.get(i) for i in (gate.inputs if gate is not None else ())):
+        found = gated(graph, sigmoid) if sigmoid is not None and sigmoid.op == "Sigmoid" else None
+        if found and found[1] == name and found[0] not in graph.weights:
+            return found[0], found[2]
     return None
 
 
@@ -173,8 +170,8 @@ def _number(graph: Graph, name: str) -> float:
     node = graph.producer.get(name)
     if node is not None and node.op == "CastLike":
         name = node.inputs[0]
-    weight = graph.weights.get(name)
-    return float(weight.load().reshape(-1)[0]) if weight is not None and math.prod(weight.shape) == 1 else math.nan
+    value = graph.constant(name)
+    return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else math.nan
 
 
 RULE = Rule(("LinearAttention", "com.microsoft.LinearAttention"), _match)
