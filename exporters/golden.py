@@ -1,8 +1,11 @@
 """`golden.safetensors`: what PyTorch's whole-sequence form says about a fixed input, from the weights as stored.
 
+It is computed in float64, and once more in float32 to know what that arithmetic loses in this model: many layers carry
+a rounding error on, and no engine in float32 can be held to less than PyTorch's own.
+
 The weights are mapped from the file just written (float16 and bfloat16 ones widened one by one, quantised ones made
 when they are read), so a float32 or quantised model of any size costs pages of the file, the activations of 48 tokens
-and at most one of its matrices, never a second copy of its weights.
+and at most one of its matrices in float64, never a second copy of its weights.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from edgeseq.errors import ExportError
 from edgeseq.models.base import SequenceModel
 from edgeseq.spec import StepSignature
 from exporters.coded import Coded, CodedMatrix
+from exporters.wide import Wide
 
 FILE = "golden.safetensors"
 LENGTH = 48
@@ -34,20 +38,27 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
 
     Token models: `tokens` int64 [n] and `logits` float32 [n,V], n = 48 or the context if that is shorter; a module of
     the user's own that is no SequenceModel has no whole form and is stepped. Other step models: `input.<name>` and
-    `output.<name>` [n,...] from seeded Gaussian inputs. A quantised model has `noise.logits` or `noise.<name>` too,
-    float32 [3]: what rounding the inputs of its quantised products to int8, as a device does, changes in PyTorch; the
-    largest |difference|, the root mean square, and the share of rows with another largest element.
+    `output.<name>` [n,...] from seeded Gaussian inputs. For every floating output, float32 [3] (`_difference`):
+    `float32.logits` or `float32.<name>`, what float32 changes; of a quantised model `noise.…` too, what rounding the
+    inputs of its quantised products to int8, as a device does, changes on top of that.
     """
     coded = load_coded(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
+
+    def said(round_inputs: bool = False) -> dict[str, NDArray[Any]]:
+        with Coded(coded, round_inputs):
+            return _said(model, signature, length, byte_level)
+
     with torch.no_grad():
-        with Coded(coded):
-            tensors = _said(model, signature, length, byte_level)
-        if coded:
-            with Coded(coded, round_inputs=True):
-                rounded = _said(model, signature, length, byte_level)
-            outputs = [name for name in tensors if name == "logits" or name.startswith("output.")]
-            tensors |= {f"noise.{n.removeprefix('output.')}": _noise(tensors[n], rounded[n]) for n in outputs}
+        with Wide():
+            exact = said()
+        compared = {"float32": said(), **({"noise": said(round_inputs=True)} if coded else {})}
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        tensors = {n: array.astype(np.float32) if array.dtype == np.float64 else array for n, array in exact.items()}
+    outputs = [n for n in tensors if (n == "logits" or n.startswith("output.")) and tensors[n].dtype == np.float32]
+    for name in outputs:
+        for what, values in compared.items():
+            tensors[f"{what}.{name.removeprefix('output.')}"] = _difference(exact[name], values[name])
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise ExportError(f"PyTorch computes values in {name} that are not finite", "check the weights")
@@ -55,6 +66,7 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
 
 
 def _said(model: nn.Module, signature: StepSignature, length: int, byte_level: bool) -> dict[str, NDArray[Any]]:
+    """Token models: tokens int64 and logits in the arithmetic's dtype. Others: every input and output by its name."""
     if not any(spec.role == "tokens" for spec in signature.inputs):
         return _steps(model, signature, length)
     tokens = _tokens(length, signature.outputs[0].shape[-1], byte_level)
@@ -62,10 +74,11 @@ def _said(model: nn.Module, signature: StepSignature, length: int, byte_level: b
     return {"tokens": tokens, "logits": logits}
 
 
-def _noise(exact: NDArray[Any], rounded: NDArray[Any]) -> NDArray[np.float32]:
+def _difference(exact: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float32]:
+    """The largest |difference|, the root mean square, and the share of rows with another largest element."""
     n = len(exact)
-    difference = np.abs(rounded.astype(np.float64) - exact)
-    changed = rounded.reshape(n, -1).argmax(1) != exact.reshape(n, -1).argmax(1)
+    difference = np.abs(other.astype(np.float64) - exact)
+    changed = other.reshape(n, -1).argmax(1) != exact.reshape(n, -1).argmax(1)
     return np.array([difference.max(), np.sqrt(np.square(difference).mean()), changed.mean()], np.float32)
 
 
@@ -125,12 +138,12 @@ def _tokens(length: int, vocabulary: int, byte_level: bool) -> NDArray[np.int64]
     return np.random.default_rng(SEED).integers(0, vocabulary, length, np.int64)
 
 
-def _whole(model: SequenceModel, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def _whole(model: SequenceModel, tokens: NDArray[np.int64]) -> NDArray[Any]:
     logits = model(torch.from_numpy(tokens)[None])[0]
     return np.ascontiguousarray(logits.to(torch.float32).numpy())
 
 
-def _stepped(model: nn.Module, signature: StepSignature, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def _stepped(model: nn.Module, signature: StepSignature, tokens: NDArray[np.int64]) -> NDArray[Any]:
     state, rows = _fresh_state(signature), []
     for position, token in enumerate(tokens):
         inputs = (torch.tensor([[token]]), torch.tensor([position]))

@@ -86,7 +86,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    code = run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is torn down now has no say in how it ended
+    sys.exit(code)
+
+
+class Interrupted(KeyboardInterrupt):
+    """CPython ends by the signal, whatever the exit code, once a KeyboardInterrupt itself has left an `exec`."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

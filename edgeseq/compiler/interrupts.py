@@ -11,25 +11,24 @@ from types import FrameType
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
-    """SIGINT only takes effect, as KeyboardInterrupt, in the function that this yields, or in place of another error:
-    programs that were called get the signal too, and fail. A second SIGINT is not held.
+    """SIGINT reaches its handler only in the function that this yields, or in place of another error: programs that
+    were called get the signal too, and fail. A second SIGINT is not held.
 
-    Another handler than Python's own stays, and so does that of a thread which may not set one.
+    A signal that is ignored or ends the process still does, and so in a thread, which may not set a handler.
     """
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not ours or threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    asked = False
+    frame: list[FrameType | None] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def note(number: int, at: FrameType | None) -> None:
+        frame.append(at)
+        signal.signal(signal.SIGINT, handler)
 
     def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
+        if frame:
+            handler(signal.SIGINT, frame.pop())
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -38,4 +37,4 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
         check()
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, handler)

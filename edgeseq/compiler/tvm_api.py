@@ -5,17 +5,22 @@ TVM renames often; when it does, this file changes and no other.
 
 from __future__ import annotations
 
-import tvm
-import tvm.relax
-from tvm import relax, s_tir, tirx
-from tvm.ir import Call as TvmCall
-from tvm.ir import IRModule, PointerType, PrimType
-from tvm.relax.frontend.onnx import onnx_frontend
-from tvm.script.ir_builder import IRBuilder
-from tvm.target import Target as TvmTarget
-from tvm.tirx import PrimFunc
-from tvm.tirx.script.builder import ir as T
-from tvm_ffi.structural import structural_hash, structural_map
+from .interrupts import held_interrupts
+
+with held_interrupts() as check:  # loading it is work of its C++ too
+    import tvm
+    import tvm.relax
+    from tvm import relax, s_tir, tirx
+    from tvm.ir import Call as TvmCall
+    from tvm.ir import IRModule, PointerType, PrimType
+    from tvm.relax.frontend.onnx import onnx_frontend
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.target import Target as TvmTarget
+    from tvm.tirx import PrimFunc
+    from tvm.tirx.script.builder import ir as T
+    from tvm_ffi.structural import structural_hash, structural_map
+
+check()
 
 __all__ = [
     "IRBuilder", "IRModule", "PointerType", "PrimFunc", "PrimType", "T", "TvmCall", "TvmTarget",

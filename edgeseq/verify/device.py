@@ -15,7 +15,7 @@ from edgeseq.errors import DeviceError
 from edgeseq.spec import Manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Array, Stage, compare
-from edgeseq.verify.runtime import bundle_manifest, rounding_stages, same_choices
+from edgeseq.verify.runtime import bundle_manifest, greedy_stage, rounding_stages
 from edgeseq.verify.streams import AFTER, SEED, WHOLE, random_cuts
 
 MAX_CUTS = 64
@@ -58,7 +58,7 @@ class _Driver:
             *self.graphs(golden, sorted(about["graph_tokens"]), int(about["context"])),
             self.resumed(tokens, rows),
             *rounding_stages(f"{self.name} rounding", rows, golden),
-            same_choices(f"{self.name} greedy tokens", WHOLE, rows, golden.logits, golden.noise.get("logits")),
+            greedy_stage(f"{self.name} greedy tokens", rows, golden),
         ]
 
     def same_model(self, found: str) -> Stage:

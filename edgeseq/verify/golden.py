@@ -18,7 +18,7 @@ HINT = "export the model again"
 
 @dataclass(frozen=True)
 class Noise:
-    """What rounding the activations of quantised products to int8 did to one output in PyTorch.
+    """What another arithmetic did to one output in PyTorch.
 
     largest: |difference|. mean: root mean square of the differences. changed: share of rows with another largest
     element.
@@ -33,7 +33,8 @@ class Noise:
 class Golden:
     """Token models: tokens int64 [n], logits float32 [n,V]. Other step models: inputs and outputs [n, *shape] by name.
 
-    said_by: who made them. noise: of quantised models, by output.
+    said_by: who made them. float32: what computing in float32 did, by output; none in goldens that were not made in
+    float64. noise: what rounding the activations of quantised products to int8 did.
     """
 
     tokens: Array | None
@@ -41,11 +42,17 @@ class Golden:
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     said_by: str = "PyTorch"
+    float32: dict[str, Noise] = field(default_factory=dict)
     noise: dict[str, Noise] = field(default_factory=dict)
+
+    def exact(self, stage: str, wanted: Array, output: str = "logits") -> float:
+        """The largest difference from `wanted` that passes at a stage whose products are not quantised."""
+        own = self.float32[output].largest if output in self.float32 else 0.0
+        return tolerance(stage, "float32", wanted) + ROUNDING_ELEMENT * own
 
     def bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
         """The largest difference from `wanted` that passes at a stage; the runtime of a quantised model rounds."""
-        exact = tolerance(stage, "float32", wanted)
+        exact = self.exact(stage, wanted, output)
         if stage != "runtime" or output not in self.noise:
             return exact
         return exact + ROUNDING_ELEMENT * self.noise[output].largest
@@ -61,12 +68,14 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
     if not path.is_file():
         raise UsageError(f"{directory} has no {FILE}, so there is nothing to compare with", HINT)
     tensors = _read(path)
-    noise = {spec.name: _noise(path, tensors[f"noise.{spec.name}"]) for spec in signature.outputs
-             if f"noise.{spec.name}" in tensors}  # fmt: skip
+    float32, noise = (
+        {s.name: _noise(path, key, tensors[key]) for s in signature.outputs if (key := f"{what}.{s.name}") in tensors}
+        for what in ("float32", "noise")
+    )
     said_by = "onnxruntime" if family == "onnx" else "PyTorch"
     takes_tokens = any(spec.role == "tokens" for spec in signature.inputs)
     if takes_tokens:
-        return replace(_tokens(path, tensors, signature), noise=noise)
+        return replace(_tokens(path, tensors, signature), float32=float32, noise=noise)
     specs = {f"input.{s.name}": s for s in signature.inputs} | {f"output.{s.name}": s for s in signature.outputs}
     lengths = {len(tensors[name]) for name in specs if name in tensors and tensors[name].ndim}
     for name, spec in specs.items():
@@ -80,15 +89,14 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
         {s.name: tensors[f"input.{s.name}"] for s in signature.inputs},
         {s.name: tensors[f"output.{s.name}"] for s in signature.outputs},
         said_by,
+        float32,
         noise,
     )
 
 
-def _noise(path: Path, values: Array) -> Noise:
+def _noise(path: Path, name: str, values: Array) -> Noise:
     if values.dtype != np.float32 or values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any():
-        raise BundleError(
-            f"{path}: the noise of rounding is {values.dtype} {list(values.shape)}, not three sizes", HINT
-        )
+        raise BundleError(f"{path}: {name} is {values.dtype} {list(values.shape)}, not three sizes", HINT)
     return Noise(*map(float, values))
 
 

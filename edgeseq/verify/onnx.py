@@ -11,7 +11,6 @@ from edgeseq.manifest import load_manifest
 from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Stage, compare
 from edgeseq.verify.streams import cuts_stage, graph_stages, named_chunk_stages, step_stage
-from edgeseq.verify.tolerances import tolerance
 
 
 def onnx_stages(directory: Path, threads: int | None = None) -> list[Stage]:
@@ -40,7 +39,7 @@ def _named_stages(model: Any, golden: Golden) -> list[Stage]:
             "PyTorch step",
             np.stack([outputs[name] for outputs in made]),
             wanted,
-            tolerance("onnx", "float32", wanted),
+            golden.bound("onnx", wanted, name),
             axes=("step", f"{name} element"),
         )
         for name, wanted in golden.outputs.items()

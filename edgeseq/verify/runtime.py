@@ -10,10 +10,11 @@ from edgeseq.bundle.reader import BundleFile
 from edgeseq.errors import BundleError
 from edgeseq.runtime import Model, Session, load
 from edgeseq.spec import Manifest
-from edgeseq.verify.golden import Golden, Noise, load_golden
+from edgeseq.verify.golden import Golden, load_golden
 from edgeseq.verify.report import Array, Stage, compare
 from edgeseq.verify.streams import (
     SEED,
+    WHOLE,
     NamedRun,
     cuts_stage,
     graph_stages,
@@ -22,7 +23,7 @@ from edgeseq.verify.streams import (
     step_stage,
     stepped,
 )
-from edgeseq.verify.tolerances import ROUNDING_CHOICES, ROUNDING_ELEMENT, ROUNDING_MEAN, tolerance
+from edgeseq.verify.tolerances import ROUNDING_CHOICES, ROUNDING_MEAN
 
 GREEDY = 32
 
@@ -98,9 +99,7 @@ def _greedy_stages(model: Model, golden: Golden) -> list[Stage]:
     rows = stepped(model.session(), golden.tokens.tolist())
     stages = [
         *rounding_stages("runtime rounding", rows, golden),
-        same_choices(
-            "runtime greedy tokens", "PyTorch, whole sequence", rows, golden.logits, golden.noise.get("logits")
-        ),
+        greedy_stage("runtime greedy tokens", rows, golden),
     ]
     half = max(1, len(golden.tokens) // 2)
     room = model.info.context - half if model.info.context else GREEDY
@@ -122,11 +121,13 @@ def _column(ids: list[int]) -> Array:
     return np.array(ids, np.int64).reshape(-1, 1)
 
 
-def same_choices(name: str, against: str, got: Array, wanted: Array, noise: Noise | None = None) -> Stage:
-    """Whether both sides choose the same tokens. `worst` counts those that differ; where the reference itself has two
-    candidates nearer to each other than twice the tolerance, either choice is right. With `noise`, so is any choice
-    within its reach, as long as not many more choices differ than noise alone changes."""
-    near = 2 * (tolerance("runtime", "float32", wanted) + (ROUNDING_ELEMENT * noise.largest if noise else 0.0))
+def greedy_stage(name: str, got: Array, golden: Golden) -> Stage:
+    """Whether the same tokens are chosen as by the golden. `worst` counts those that differ; where the golden itself
+    has two candidates nearer to each other than twice the bound, either choice is right, as long as not many more
+    choices of a quantised model differ than its noise alone changes."""
+    assert golden.logits is not None
+    wanted, noise = golden.logits, golden.noise.get("logits")
+    near = 2 * golden.bound("runtime", wanted)
     ours, theirs = np.argmax(got, axis=1), np.argmax(wanted, axis=1)
     at = np.arange(len(wanted))
     ties = (ours != theirs) & (wanted[at, theirs] - wanted[at, ours] <= near)
@@ -134,7 +135,7 @@ def same_choices(name: str, against: str, got: Array, wanted: Array, noise: Nois
     where = f"token {wrong[0]}: {ours[wrong[0]]}, expected {theirs[wrong[0]]}" if len(wrong) else ""
     note = f"{len(at)} tokens" + (f", {int(ties.sum())} of them a tie" if ties.any() else "")
     few = noise is None or float(ties.mean()) <= noise.changed + ROUNDING_CHOICES
-    return Stage(name, against, float(len(wrong)), 0.0, where, len(wrong) == 0 and few, note)
+    return Stage(name, WHOLE, float(len(wrong)), 0.0, where, len(wrong) == 0 and few, note)
 
 
 def rounding_stages(name: str, got: Array, golden: Golden) -> list[Stage]:
@@ -145,7 +146,7 @@ def rounding_stages(name: str, got: Array, golden: Golden) -> list[Stage]:
     with np.errstate(invalid="ignore", over="ignore"):
         mean = float(np.sqrt(np.square(got.astype(np.float64) - golden.logits).mean()))
     mean = mean if np.isfinite(mean) else float("inf")
-    limit = ROUNDING_MEAN * golden.noise["logits"].mean + tolerance("runtime", "float32", golden.logits)
+    limit = ROUNDING_MEAN * golden.noise["logits"].mean + golden.exact("runtime", golden.logits)
     return [Stage(name, "the same rounding in PyTorch", mean, limit, "root mean square", mean <= limit)]
 
 

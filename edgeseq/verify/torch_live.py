@@ -14,7 +14,6 @@ from edgeseq.spec import Manifest
 from edgeseq.verify.golden import load_golden
 from edgeseq.verify.report import Array, Stage, compare
 from edgeseq.verify.streams import cuts_stage, step_stage
-from edgeseq.verify.tolerances import tolerance
 
 
 class TorchStream:
@@ -80,7 +79,7 @@ def live_stages(directory: Path) -> list[Stage]:
     if isinstance(model, SequenceModel):
         with torch.inference_mode():
             whole = model(torch.from_numpy(golden.tokens)[None])[0].float().numpy()
-        bound = tolerance("torch", "float32", golden.logits)
+        bound = golden.bound("torch", golden.logits)
         stages.append(compare("PyTorch whole sequence", "golden", np.asarray(whole), golden.logits, bound))
     context = manifest.context or 1
 

@@ -9,7 +9,8 @@ import pytest
 
 from edgeseq.errors import UsageError
 from edgeseq.verify.report import Report, Stage, compare
-from edgeseq.verify.runtime import same_choices
+from edgeseq.verify.golden import Golden
+from edgeseq.verify.runtime import greedy_stage
 from edgeseq.verify.streams import random_cuts
 from edgeseq.verify.tolerances import tolerance
 
@@ -51,8 +52,10 @@ def test_a_tie_may_be_chosen_either_way_and_nothing_else() -> None:
     wanted = np.array([[1.0, 1.0 + 1e-6, 0.0], [0.0, 2.0, 1.0]], np.float32)
     tied = np.array([[1.0, 0.9, 0.0], [0.0, 2.0, 1.0]], np.float32)
     wrong = np.array([[1.0, 1.1, 0.0], [0.0, 1.0, 1.5]], np.float32)
-    assert same_choices("a", "b", tied, wanted).ok and "1 of them a tie" in same_choices("a", "b", tied, wanted).note
-    stage = same_choices("a", "b", wrong, wanted)
+    golden = Golden(np.array([0, 1]), wanted, {}, {})
+    stage = greedy_stage("a", tied, golden)
+    assert stage.ok and "1 of them a tie" in stage.note
+    stage = greedy_stage("a", wrong, golden)
     assert (stage.ok, stage.worst, stage.where) == (False, 1.0, "token 1: 2, expected 1")
 
 
