@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,15 @@ print(*said, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 def test_an_interrupt_waits_for_the_check(then: str, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(then=then)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == said, done.stderr
+
+
+def test_the_exit_code_is_ours_wherever_the_signal_arrives(tmp_path: Path) -> None:
+    """CPython ends `python -m` by the signal itself once a KeyboardInterrupt has left the `exec` of a string, as
+    dataclasses use it."""
+    (tmp_path / "interrupted.py").write_text("""
+import os, signal
+from edgeseq import cli
+cli.edgeseq.main = lambda *a, **k: exec("os.kill(os.getpid(), signal.SIGINT)")
+cli.main()
+""")
+    assert subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False).returncode == 130
