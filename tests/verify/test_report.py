@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edgeseq.errors import UsageError
-from edgeseq.verify.report import Report, Stage, compare
 from edgeseq.verify.golden import Golden
+from edgeseq.verify.report import Report, Stage, compare
 from edgeseq.verify.runtime import greedy_stage
 from edgeseq.verify.streams import random_cuts
 from edgeseq.verify.tolerances import tolerance
