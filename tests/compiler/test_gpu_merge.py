@@ -72,6 +72,11 @@ SCANS = [
     FusedScan(1, d, n, d, d, n, n, skip=True, dt_bias=True, dt_rank=r, dt_wdtype=t)
     for d, n, r, t in ((33, 4, 1, "float32"), (64, 16, 7, "float16"), (20, 5, 40, "float32"))
 ]
+SCANS += [
+    replace(SCANS[0], norm=True, norm_weight=True, eps=EPS),
+    replace(SCANS[1], norm=True, eps=0.3),
+    replace(SCANS[2], norm=True, norm_weight=True, eps=EPS, dt_rank=0),
+]
 STEPPED = [
     SteppedAttention(1, 4, 5, 7, 2, 2, 10, 10, 28, decay="head", scale=0.3, lddt=4, ldz=28),
     SteppedAttention(1, 3, 16, 32, 3, 1, 50, 20, 96, decay="head", dt_min=0.5, dt_max=1.0, skip=False, lddt=9, ldz=100),
@@ -190,29 +195,34 @@ def test_a_gate_of_quantised_products(device: DeviceLibrary, p: FusedLinearQ) ->
 
 
 @pytest.mark.parametrize("p", SCANS, ids=str)
-def test_a_scan_that_projects_its_step_sizes(device: DeviceLibrary, p: FusedScan) -> None:
+def test_a_scan_with_what_is_small_before_it(device: DeviceLibrary, p: FusedScan) -> None:
     d = Draw(4)
     u, r, skip, bias, past = d.normal(p.D), d.normal(p.dt_rank), d.normal(p.D), d.normal(p.D), d.normal(p.N, p.D)
     kept, meant = stored(0.3 * d.normal(p.D, p.dt_rank), p.dt_wdtype)
+    dt = meant @ r if p.dt_rank else d.normal(p.D)
     A = -np.exp(d.normal(p.N, p.D))
-    B, C = d.normal(p.N), d.normal(p.N)
-    dt = (meant @ r)[None, None]
-    wide = [v.astype(np.float64) for v in (u, A, B, C, skip, bias, past)]
+    B, C, *weights = (d.normal(p.N) for _ in range(4))
+    normed = [x.astype(np.float64) for x in (B, C)]
+    if p.norm:
+        normed = [x / np.sqrt((x * x).mean() + p.eps) for x in normed]
+    if p.norm_weight:
+        normed = [x * w for x, w in zip(normed, weights, strict=True)]
+    wide = [v.astype(np.float64) for v in (u, A, skip, bias, past)]
     y, present = selective_scan(
         wide[0][None, None],
-        dt,
+        dt[None, None],
         wide[1],
-        wide[2][None, None],
-        wide[3][None, None],
-        wide[4],
+        normed[0][None, None],
+        normed[1][None, None],
+        wide[2],
         None,
-        wide[5],
-        wide[6][None],
+        wide[3],
+        wide[4][None],
     )
-    arrays = [u, r, pack("rows16", kept), pack("columns16", A), B, C, skip, bias, past, unset(p.D)]
-    if p.dt_wdtype == "float16":
-        arrays[2] = arrays[2].view(np.uint16)
-    state, out = device.call(ref(p), arrays, "rrrrrrrrmw")
+    packed = pack("rows16", kept) if p.dt_rank else kept
+    steps = [r, packed.view(np.uint16) if p.dt_wdtype == "float16" else packed] if p.dt_rank else [dt]
+    arrays = [u, *steps, *(weights if p.norm_weight else []), pack("columns16", A), B, C, skip, bias, past, unset(p.D)]
+    state, out = device.call(ref(p), arrays, "r" * (len(arrays) - 2) + "mw")
     close(out, y)
     close(state, present)
 
@@ -394,6 +404,8 @@ COUNTED: dict[str, tuple[Any, int]] = {
     "mamba2": (Mamba2Config(61, 64, 3, 4, 32, 16), 8),
     "transformer": (TransformerConfig(61, 64, 3, 4, 2, 32, 128), 8),
     "mistral": (MistralConfig(61, 64, 3, 4, 2, 32, 128, window=16), 8),
+    "falcon-mamba": (replace(families()["falcon-mamba"].tiny, n_layers=3), 7),
+    "jamba": (replace(families()["jamba"].tiny, n_layers=3, attention_at=(0,), experts_at=()), 10),
     "bamba": (replace(families()["bamba"].tiny, n_layers=3, attention_at=(0,)), 9),
     "samba": (replace(families()["samba"].tiny, n_layers=3, attention_at=(0,)), 9),
     "zamba2": (replace(families()["zamba2"].tiny, n_layers=3, shared_at=(0,)), 8),

@@ -1,5 +1,5 @@
-"""Fewer launches of one token: norms into the products that read them, a convolution, a scan's step sizes and an
-attention's rotations likewise.
+"""Fewer launches of one token: norms into the products that read them, a convolution, a scan's step sizes and norms and
+an attention's rotations likewise.
 
 At one token a launch costs a GPU about as long as reading a megabyte, and these have next to nothing to do. Of many
 tokens, products of 16-bit weights go to tensor cores.
@@ -44,6 +44,7 @@ def merge(calls: list[Call], gpu: Any) -> None:
                 _norm(calls, call, params)
             elif type(params) is SelectiveScan and params.T == 1:
                 _step_sizes(calls, call, params)
+                _scan_norms(calls, call)
             elif type(params) is CachedAttention and params.T == 1:
                 _rotations(calls, call, params)
     for call in list(calls):
@@ -140,6 +141,30 @@ def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
     dt_from = {"dt_r": _argument(product, "x"), "dt_w": _argument(product, "w")}
     _become(scan, "selective_scan", fused, _named(scan) | dt_from)
     calls.remove(product)
+
+
+def _scan_norms(calls: list[Call], scan: Call) -> None:
+    """Of a scan's B and C, as FalconMamba and Jamba have them."""
+    p, named, norms = scan.kernel.params, _named(scan), []
+    for name in ("B", "C"):
+        value = named[name].value
+        writers = _writers(calls, value)
+        r = writers[0].kernel.params if len(writers) == 1 and isinstance(writers[0].kernel, KernelRef) else None
+        if not isinstance(r, RmsNorm) or (r.R, r.D, r.quant) != (1, p.N, None) or not _own(value):
+            return
+        if _readers(calls, value) != [scan] or not _may_wait(calls, writers[0], scan):
+            return
+        norms.append(writers[0])
+    first, second = (c.kernel.params for c in norms)
+    if (first.eps, first.weight) != (second.eps, second.weight):
+        return
+    for name, norm in zip(("B", "C"), norms, strict=True):
+        named[name] = norm.args[0]
+        if first.weight:
+            named[f"{name}_w"] = norm.args[1]
+        calls.remove(norm)
+    fused = FusedScan(**fields_of(p) | {"norm": True, "norm_weight": first.weight, "eps": first.eps})
+    _become(scan, "selective_scan", fused, named)
 
 
 def _rotations(calls: list[Call], attention: Call, p: CachedAttention) -> None:

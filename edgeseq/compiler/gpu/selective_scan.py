@@ -38,15 +38,23 @@ from ._quantise import BLOCK, blocks, output_params, write_block
 
 @dataclass(frozen=True)
 class FusedScan(SelectiveScan):
-    """A step whose step sizes are a product of its own: dt = W r, W[D,dt_rank] packed `rows16`, r [dt_rank]."""
+    """A step with what is small before it.
+
+    dt_rank: its step sizes are a product of its own: dt = W r, W[D,dt_rank] packed `rows16`, r [dt_rank]; 0 for none.
+    norm: B and C are each divided by the root of their mean square + eps; norm_weight: and multiplied by B_w, C_w [N].
+    """
 
     dt_rank: int = 0
     dt_wdtype: str = "float32"
+    norm: bool = False
+    norm_weight: bool = False
+    eps: float = 0.0
 
     @property
     def args(self) -> tuple[str, ...]:
-        own = super().args
-        return (own[0], "dt_r", "dt_w", *own[2:])
+        u, dt, *rest = super().args
+        weights = ("B_w", "C_w") if self.norm_weight else ()
+        return (u, *(("dt_r", "dt_w") if self.dt_rank else (dt,)), *weights, *rest)
 
 
 CHANNELS = 32
@@ -60,6 +68,7 @@ def build(name: str, p: SelectiveScan, gpu: Any) -> Built:
     floats |= {"A": -(-p.D // 16) * 16 * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
     if isinstance(p, FusedScan):
+        sizes["B_w"] = sizes["C_w"] = ("float32", p.N)
         sizes["dt_r"] = ("float32", p.dt_rank)
         storage = "float32" if p.dt_wdtype == "float32" else "uint16"
         sizes["dt_w"] = (storage, -(-p.D // 16) * 16 * p.dt_rank)
@@ -89,6 +98,7 @@ class _Scan:
         if p.T > 1:
             self.steps = (shared(self.tile * CHANNELS), shared(self.tile * CHANNELS))
         self.scratch = shared(k.threads) if p.quant is not None else None
+        self.scales: dict[str, Expr] = {}
 
     def _states(self) -> list[tuple[int, Expr, Expr | bool]]:
         """(register, state, whether there is such a state)."""
@@ -105,10 +115,12 @@ class _Scan:
             with when(self.exists), when(inside):
                 store(self.S, i, k["past"][n * p.D + self.d])
                 store(self.A, i, k["A"][(self.d // 16 * p.N + n) * 16 + self.d % 16])
-        if isinstance(p, FusedScan):
+        if isinstance(p, FusedScan) and p.dt_rank:
             self._project(p)
         else:
             await_inputs()
+        if isinstance(p, FusedScan) and p.norm:
+            self.scales = {name: self._scale(name, p) for name in ("B", "C")}
         loop(p.T // self.tile, lambda i: self._tile(i * self.tile, self.tile))
         if p.T % self.tile:
             self._tile(p.T // self.tile * self.tile, p.T % self.tile)
@@ -168,10 +180,30 @@ class _Scan:
             dt = dt + sums[part * CHANNELS + self.lane]
         self.dt = let(dt)
 
+    def _scale(self, name: str, p: FusedScan) -> Expr:
+        """What normalises B or C; every thread adds up the few squares by itself."""
+        total = local(1)
+        store(total, 0, f32(0.0))
+
+        def add(n: Expr) -> None:
+            x = let(self.k[name][n])
+            store(total, 0, total[0] + x * x)
+
+        loop(p.N, add)
+        return let(f32(1.0) / T.sqrt(total[0] * f32(1.0 / p.N) + f32(p.eps)))
+
+    def _input(self, name: str, t: Expr, n: Expr) -> Expr:
+        """B or C of a token, normalised."""
+        p, k = self.p, self.k
+        x = k[name][t * (p.ldB if name == "B" else p.ldC) + n]
+        if name in self.scales:
+            x = x * self.scales[name]
+        return x * k[f"{name}_w"][n] if isinstance(p, FusedScan) and p.norm_weight else x
+
     def _step_size(self, t: Expr) -> tuple[Expr, Expr]:
         """dt log2(e) and dt u."""
         p, k = self.p, self.k
-        dt = self.dt if isinstance(p, FusedScan) else k["dt"][t * p.lddt + self.d]
+        dt = self.dt if isinstance(p, FusedScan) and p.dt_rank else k["dt"][t * p.lddt + self.d]
         dt = let(dt + k["dt_bias"][self.d] if p.dt_bias else dt)
         dt = let(softplus(dt)) if p.dt_softplus else dt
         if p.dt_min > 0.0:
@@ -188,9 +220,9 @@ class _Scan:
         store(total, 0, f32(0.0))
         for i, n, inside in self._states():
             with when(inside):
-                s = let(T.exp2(exponent * self.A[i]) * self.S[i] + dtu * k["B"][t * p.ldB + n])
+                s = let(T.exp2(exponent * self.A[i]) * self.S[i] + dtu * self._input("B", t, n))
                 store(self.S, i, s)
-                store(total, 0, total[0] + s * k["C"][t * p.ldC + n])
+                store(total, 0, total[0] + s * self._input("C", t, n))
         store(self.sums, (u * self.parts + self.part) * CHANNELS + self.lane, total[0])
 
     def _finish(self, t0: Expr, u: Expr, inside: Expr | bool) -> None:
