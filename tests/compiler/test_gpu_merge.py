@@ -12,13 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseq.bundle.reader import BundleFile
-from edgeseq.compiler.gpu.batch import Batch
+from edgeseq.compiler.gpu.batch import Batch, Generics
 from edgeseq.compiler.gpu.cached_attention import FusedAttention
 from edgeseq.compiler.gpu.joined import Joined
 from edgeseq.compiler.gpu.linear import FusedLinear
 from edgeseq.compiler.gpu.linear_attention import SteppedAttention
 from edgeseq.compiler.gpu.linear_q import FusedLinearQ
 from edgeseq.compiler.gpu.merge import _may_move, merge
+from edgeseq.compiler.gpu.quantize import Quantizes
 from edgeseq.compiler.gpu.selective_scan import FusedScan
 from edgeseq.compiler.graph import load_graph
 from edgeseq.compiler.ir import Arg, Call, KernelRef, Storage, Value
@@ -94,7 +95,9 @@ TURNED = [
     FusedAttention(1, 6, 3, 6, 300, 36, 18, 18, 0.3, parts=3, interleaved=True),
     FusedAttention(1, 6, 1, 10, 15, 60, 10, 10, 0.3, ring=True, prefix=3, block=2, blocks=3, seed=4),
 ]
+ROUNDED = [Quantizes(1, k, k, zero, several=n) for k, zero, n in ((70, 8, 3), (200, 0, 2), (128, 128, 8))]
 OPS = {
+    Quantizes: "quantize",
     FusedLinear: "linear", FusedLinearQ: "linear_q", FusedScan: "selective_scan", Joined: "joined", Batch: "batch",
     SteppedAttention: "linear_attention", FusedAttention: "cached_attention", AttentionMerge: "attention_merge",
 }  # fmt: skip
@@ -106,7 +109,7 @@ def ref(p: Any) -> KernelRef:
 
 @pytest.fixture(scope="module")
 def device() -> DeviceLibrary:
-    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, *STEPPED, JOINED, JOINED_Q, ROTATED, *TURNED]
+    every = [*NORMED, *GATED, *CONVOLVED, *GATED_Q, *SCANS, *STEPPED, *ROUNDED, JOINED, JOINED_Q, ROTATED, *TURNED]
     merges = [AttentionMerge(p.H, p.d, p.parts) for p in TURNED if p.parts > 1]
     return DeviceLibrary([(ref(p), len(p.args)) for p in [*every, *merges]])
 
@@ -225,6 +228,42 @@ def test_a_scan_with_what_is_small_before_it(device: DeviceLibrary, p: FusedScan
     state, out = device.call(ref(p), arrays, "r" * (len(arrays) - 2) + "mw")
     close(out, y)
     close(state, present)
+
+
+@pytest.mark.parametrize("p", ROUNDED, ids=str)
+def test_several_vectors_are_rounded_in_one_launch(device: DeviceLibrary, p: Quantizes) -> None:
+    d = Draw(6)
+    inputs = [d.normal(1, p.K) for _ in range(p.several)]
+    arrays = [a for x in inputs for a in (x, *empty(1, p.K))]
+    found = device.call(ref(p), arrays, "rwww" * p.several)
+    for i, x in enumerate(inputs):
+        codes, scales, offsets = rounded(x, p.zero)
+        q, scale, offset = found[3 * i : 3 * i + 3]
+        assert np.abs(q.reshape(codes.shape).astype(int) - codes).max() <= 1
+        np.testing.assert_allclose(scale.reshape(-1), scales.reshape(-1), rtol=1e-6)
+        assert np.array_equal(offset.reshape(-1), -p.zero * q.reshape(-1, 32).sum(1, dtype=np.int32))
+        assert np.array_equal(offset.reshape(-1) == 0, offsets.reshape(-1) == 0)
+
+
+def test_what_tvm_derived_says_the_same_in_one_launch(tmp_path: Path) -> None:
+    """Mixes of RWKV-7, gates of unequal widths among them: together bit for bit what each is alone."""
+    config = replace(families()["rwkv7"].tiny, n_layers=1)
+    calls = merged_calls("rwkv7", config, tmp_path, quant="none", dtype="fp32")
+    together = [c for c in calls if isinstance(c.kernel, KernelRef) and isinstance(c.kernel.params, Generics)]
+    assert max(len(c.kernel.params.parts) for c in together) == 6
+    assert any(len({part.threads for part in c.kernel.params.parts}) > 1 for c in together)
+    kernels = {k: len(k.func.params) for c in together for k in c.kernel.params.parts}
+    library = DeviceLibrary([*kernels.items(), *((c.kernel, len(c.args)) for c in together)])
+    for call in together:
+        d = Draw(8)
+        arrays = [d.normal(a.value.span) if a.access == "r" else unset(a.value.span) for a in call.args]
+        modes = "".join(a.access for a in call.args)
+        found, alone, at = library.call(call.kernel, arrays, modes), [], 0
+        for part in call.kernel.params.parts:
+            n = kernels[part]
+            alone += library.call(part, arrays[at : at + n], modes[at : at + n])
+            at += n
+        assert all(np.array_equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
 def heads(x: NDArray, n: int, width: int, repeated: int) -> NDArray:
@@ -409,6 +448,8 @@ COUNTED: dict[str, tuple[Any, int]] = {
     "bamba": (replace(families()["bamba"].tiny, n_layers=3, attention_at=(0,)), 9),
     "samba": (replace(families()["samba"].tiny, n_layers=3, attention_at=(0,)), 9),
     "zamba2": (replace(families()["zamba2"].tiny, n_layers=3, shared_at=(0,)), 8),
+    "rwkv7": (replace(families()["rwkv7"].tiny, n_layers=3), 25),
+    "gated-delta-net": (replace(families()["gated-delta-net"].tiny, n_layers=3), 15),
 }
 """A model whose two last layers are alike, and the launches that one of them may take: of hybrids, a Mamba layer has
 a gated block behind it that is a layer by itself in others."""
@@ -431,14 +472,20 @@ def test_at_most_eight_launches_of_a_long_attention(d_ff: int, tmp_path: Path) -
     assert launches_of_a_layer("transformer", config, tmp_path, quant="int8", context=LONG) == 8
 
 
-def launches_of_a_layer(family: str, config: Any, tmp_path: Path, context: int = 64, **options: str) -> int:
+def launches_of_a_layer(family: str, config: Any, tmp_path: Path, **options: Any) -> int:
     """From the calls of the step graph: those of the last of three layers, from the end of the one before."""
+    calls = merged_calls(family, config, tmp_path, **options)
+    writes = [max((a.value.name for a in c.args if a.access != "r"), key=lambda n: "layers." in n) for c in calls]
+    ends = [max(i for i, n in enumerate(writes) if f"layers.{layer}." in n) for layer in range(3)]
+    return ends[2] - ends[1]
+
+
+def merged_calls(family: str, config: Any, tmp_path: Path, context: int = 64, **options: Any) -> list[Call]:
+    """Those of the step graph of a random model for `opencl`."""
     source = random_source(f"random-{family}", families()[family], config)
     export(source, tmp_path / "export", context=context, chunks=[], calibrate=0, **options)
     manifest, target = load_manifest(tmp_path / "export"), resolve("opencl")
     lowering = Lowering(load_graph(tmp_path / "export" / manifest.step.file), manifest.step.signature, Memory(), target)
     calls = lowering.run()
     merge(calls, target.gpu)
-    writes = [max((a.value.name for a in c.args if a.access != "r"), key=lambda n: "layers." in n) for c in calls]
-    ends = [max(i for i, n in enumerate(writes) if f"layers.{layer}." in n) for layer in range(3)]
-    return ends[2] - ends[1]
+    return calls

@@ -5,8 +5,9 @@ Every thread of a block runs every statement outside `when`, so reductions with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from ..tvm_api import IRBuilder, PrimFunc, T, tirx
@@ -27,6 +28,25 @@ class Kernel:
 
     def __getitem__(self, name: str) -> Buffer:
         return self.buffers[name]
+
+    def part(self, number: int, args: Iterable[str], start: int) -> Kernel:
+        """The kernel as one of several in it sees it: its blocks begin at `start`, its arguments have its number."""
+        own = copy(self)
+        own.buffers = {a: self.buffers[f"{a}{number}"] for a in args}
+        own.block = self.block - start
+        return own
+
+
+def choose(block: Expr, starts: Sequence[int], bodies: Sequence[Callable[[], None]]) -> None:
+    """The body that a block belongs to, as they begin at `starts`. No barriers: PoCL 3.1 mistakes them in branches."""
+    if len(bodies) == 1:
+        bodies[0]()
+        return
+    with T.If(block < starts[1]):
+        with T.Then():
+            bodies[0]()
+        with T.Else():
+            choose(block, starts[1:], bodies[1:])
 
 
 @contextmanager

@@ -15,11 +15,22 @@ def write_block(k: Kernel, at: Expr, x: Expr, zero: int, scratch: Buffer, inside
     Every thread of the kernel comes here; where `inside` (equal for the run) does not hold nothing is written.
     scratch: shared, a float per thread; it may be used again after the next barrier only.
     """
+    store_block(k, at, round_block(k, x, scratch), zero, inside)
+
+
+def round_block(k: Kernel, x: Expr, scratch: Buffer) -> tuple[Expr, Expr, Expr]:
+    """Largest |x| of the thread's run, this thread's code, and the sum of the run's codes; all barriers are here."""
     x = let(x)
     amax = reduce_within(k, T.max(x, f32(0.0) - x), BLOCK, maximum, scratch)
     inverse = let(tirx.Select(amax > f32(0.0), f32(127.0) / amax, f32(0.0)))
     code = let(T.call_pure_extern("int32", "es_rint", x * inverse))
     total = reduce_within(k, T.Cast("float32", code), BLOCK, add, scratch)  # at most 32 * 127: exact
+    return amax, code, total
+
+
+def store_block(k: Kernel, at: Expr, rounded: tuple[Expr, Expr, Expr], zero: int, inside: Expr | bool) -> None:
+    """Write what `round_block` found as block number `at` of k's outputs."""
+    amax, code, total = rounded
     lane = k.thread % BLOCK
     with when(inside):
         store(k["q"], at * BLOCK + lane, T.Cast("int8", code))

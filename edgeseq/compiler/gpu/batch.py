@@ -1,14 +1,20 @@
-"""Kernels without barriers that do not depend on one another, in one launch: each has its own range of blocks."""
+"""Kernels without barriers that do not depend on one another, in one launch: each has its own range of blocks.
+
+`Batch` is of kernels written here, `Generics` of those that TVM derived.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ..tvm_api import PrimFunc, T, structural_map, tirx, tvm
+from ..ir import GenericRef
+from ..tvm_api import IRModule, PrimFunc, T, structural_map, tirx, tvm
 from . import Built
+from .generic import to_device_function
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,25 @@ class Batch:
         return f"{'_'.join(dict.fromkeys(names))}_x{len(names)}_{describe(*self.parts[0])}"
 
 
+@dataclass(frozen=True)
+class Generics:
+    """Kernels that TVM derived; their arguments follow one another."""
+
+    parts: tuple[GenericRef, ...]
+
+    @property
+    def label(self) -> str:
+        """The number of parts and what the first does, as a C name."""
+        return f"fused_x{len(self.parts)}_{self.parts[0].label}"[:54]
+
+    def build(self, name: str, lower_passes: Callable[[IRModule], IRModule]) -> Built:
+        """The device function, intrinsics not yet lowered."""
+        built = [Built(to_device_function(p.func, name, lower_passes), p.grid, p.threads) for p in self.parts]
+        made = together(name, built)
+        (func,) = tirx.transform.ConvertSSA()(IRModule({name: made.func})).functions.values()  # equal parts share names
+        return Built(func, made.grid, made.threads)
+
+
 def build_part(op: str, params: Any, gpu: Any) -> Built:
     """One kernel by itself."""
     built: Built = importlib.import_module(f"{__package__}.{op}").build("part", params, gpu)
@@ -39,11 +64,19 @@ def build_part(op: str, params: Any, gpu: Any) -> Built:
 def build(name: str, p: Batch, gpu: Any) -> Built:
     """Every part has as many threads in a block, which `merge` sees to."""
     built = [build_part(op, params, gpu) for op, params in p.parts]
-    threads, grid = built[0].threads, sum(b.grid for b in built)
-    assert all(b.threads == threads for b in built)
+    assert len({b.threads for b in built}) == 1
+    return together(name, built)
+
+
+def together(name: str, built: list[Built]) -> Built:
+    """One function for all parts; a block has as many threads as the widest asks for."""
+    threads, grid = max(b.threads for b in built), sum(b.grid for b in built)
     block, thread = tirx.Var("block", "int32"), tirx.Var("thread", "int32")
     starts = [0, *accumulate(b.grid for b in built)]
     bodies = [_body(b.func, block - start, thread) for b, start in zip(built, starts, strict=False)]
+    for i, b in enumerate(built):
+        if b.threads < threads:
+            bodies[i] = tirx.IfThenElse(thread < b.threads, bodies[i], None)
     chosen = bodies[-1]
     for body, end in zip(reversed(bodies[:-1]), reversed(starts[1:-1]), strict=True):
         chosen = tirx.IfThenElse(block < end, body, chosen)

@@ -15,6 +15,7 @@ from ..lower import lower, passes
 from ..targets import Target
 from ..tvm_api import IRModule, PrimFunc, module_pass_sequence, tirx
 from . import generic, nvrtc
+from .batch import Generics
 from .source import program
 
 
@@ -38,6 +39,10 @@ class GpuKernelSet(KernelSet):
         if isinstance(ref, GenericRef):
             self.funcs[name] = finish(generic.to_device_function(ref.func, name, passes(self.target)))
             self.grids[name], self.block_threads[name] = ref.grid, ref.threads
+            return
+        if isinstance(ref.params, Generics):
+            built = ref.params.build(name, passes(self.target))
+            self.funcs[name], self.grids[name], self.block_threads[name] = finish(built.func), built.grid, built.threads
             return
         try:
             module = importlib.import_module(f"{__package__}.{ref.op}")

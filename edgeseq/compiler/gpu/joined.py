@@ -1,21 +1,17 @@
 """Products of one token that do not depend on one another, in one launch: each has its own range of blocks.
 
-Only what lies before and behind the barriers is chosen by the block, as some OpenCL compilers (PoCL 3.1) mistake
-barriers in branches.
+Only what lies before and behind the barriers is chosen by the block (see `choose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from ..tvm_api import T
 from . import Built, linear, linear_q
-from ._emit import Expr, Kernel, kernel, local, reduce_rows, rows_scratch, zero
+from ._emit import choose, kernel, local, reduce_rows, rows_scratch, zero
 
 MODULES: dict[str, Any] = {"linear": linear, "linear_q": linear_q}
 
@@ -52,32 +48,13 @@ def build(name: str, p: Joined, gpu: Any) -> Built:
     params = [(f"{n}{i}", d, size) for i, part in enumerate(p.parts) for n, d, size in module.parameters(part)]
     with kernel(name, params, grid, threads, gpu, early=True) as k:
         products = [
-            module.Gemv(_part(k, i, part, start), part)
+            module.Gemv(k.part(i, part.args, start), part)
             for i, (part, start) in enumerate(zip(p.parts, starts, strict=True))
         ]
         each, across = products[0].each, products[0].across
         acc = local(each)
         zero(acc, each)
-        _choose(k.block, starts, [partial(g.accumulate, acc) for g in products])
+        choose(k.block, starts, [partial(g.accumulate, acc) for g in products])
         total = reduce_rows(k, acc, each, across, rows_scratch(k, each, across))
-        _choose(k.block, starts, [partial(g.finish, total) for g in products])
+        choose(k.block, starts, [partial(g.finish, total) for g in products])
     return Built(k.func, grid, threads)
-
-
-def _part(k: Kernel, i: int, part: Any, start: int) -> Kernel:
-    """The kernel as part i sees it."""
-    own = copy(k)
-    own.buffers = {a: k.buffers[f"{a}{i}"] for a in part.args}
-    own.block = k.block - start
-    return own
-
-
-def _choose(block: Expr, starts: list[int], bodies: list[Callable[[], None]]) -> None:
-    if len(bodies) == 1:
-        bodies[0]()
-        return
-    with T.If(block < starts[1]):
-        with T.Then():
-            bodies[0]()
-        with T.Else():
-            _choose(block, starts[1:], bodies[1:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..ir import Arg, Call, KernelRef, Value
+from ..ir import Arg, Call, GenericRef, KernelRef, Value
 from ..kernels._quantise import OUTPUTS
 from ..kernels.cached_attention import CachedAttention
 from ..kernels.causal_conv import CausalConv
@@ -21,11 +21,12 @@ from ..kernels.quantize import Quantize
 from ..kernels.rms_norm import RmsNorm
 from ..kernels.rotary import Rotary
 from ..kernels.selective_scan import SelectiveScan
-from .batch import Batch, build_part
+from .batch import Batch, Generics, build_part
 from .cached_attention import FusedAttention
 from .joined import MODULES, Joined
 from .linear import FusedLinear, fields_of
 from .linear_q import INPUTS, FusedLinearQ
+from .quantize import Quantizes
 from .selective_scan import FusedScan
 from .tensor_cores import to_tensor_cores
 
@@ -317,14 +318,16 @@ def _batches(calls: list[Call], gpu: Any) -> None:
 
 def _kind(call: Call, gpu: Any) -> tuple[Any, ...]:
     """Equal for calls that may share a launch; empty for those that share none."""
-    if not isinstance(call.kernel, KernelRef):
-        return ()
+    if isinstance(call.kernel, GenericRef):
+        return ("generic",)
     op, p = call.kernel.op, call.kernel.params
     if op == "linear" and p.T == 1:
         fused = isinstance(p, FusedLinear)
         return (op, p.wdtype == "float32", fused and p.norm, fused and p.glu)
     if op == "linear_q" and p.T == 1:
         return () if isinstance(p, FusedLinearQ) else (op,)
+    if type(p) is Quantize and p.T == 1:
+        return (op, p.K, p.zero)
     barriers = isinstance(p, CausalConv) and (p.quant is not None or p.T > 1)
     return (op, _threads(op, p, gpu)) if op in BATCHED and not barriers else ()
 
@@ -348,11 +351,15 @@ def _may_move(calls: list[Call], i: int, j: int) -> bool:
 
 
 def _together(parts: list[Call]) -> Call:
-    op = parts[0].kernel.op
-    if op in MODULES:
-        kernel = KernelRef("joined", Joined(op, tuple(c.kernel.params for c in parts)))
+    kernels = tuple(c.kernel for c in parts)
+    if isinstance(kernels[0], GenericRef):
+        kernel = KernelRef("generics", Generics(kernels))
+    elif isinstance(kernels[0].params, Quantize):
+        kernel = KernelRef("quantize", Quantizes(**fields_of(kernels[0].params), several=len(kernels)))
+    elif kernels[0].op in MODULES:
+        kernel = KernelRef("joined", Joined(kernels[0].op, tuple(k.params for k in kernels)))
     else:
-        kernel = KernelRef("batch", Batch(tuple((op, c.kernel.params) for c in parts)))
+        kernel = KernelRef("batch", Batch(tuple((k.op, k.params) for k in kernels)))
     args = tuple(a for c in parts for a in c.args)
     traffic = {"weights": sum(_weight_bytes(c) for c in parts)} if any("weights" in c.traffic for c in parts) else {}
     return Call(kernel, args, all(c.outputs_only for c in parts), traffic)

@@ -213,7 +213,7 @@ class _Scan:
         return let(dt * f32(LOG2_E)), let(dt * k["u"][t * p.ldu + self.d])
 
     def _token(self, t0: Expr, u: Expr) -> None:
-        p, k = self.p, self.k
+        p = self.p
         t, at = t0 + u, u * CHANNELS + self.lane
         exponent, dtu = (let(s[at]) for s in self.steps) if p.T > 1 else self._step_size(t)
         total = local(1)
