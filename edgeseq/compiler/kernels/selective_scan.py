@@ -32,6 +32,7 @@ from ._emit import (
 from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 LOG2_E = 1.4426950408889634
+AHEAD = 4  # tokens whose rows are asked for: each lies in another page, which no prefetcher follows
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def build(name: str, p: SelectiveScan) -> Built:
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
         strips = per_block // LANES
         states = [local(p.N * LANES) for _ in range(strips)]
+        rows_ahead = [("u", p.ldu), ("dt", p.lddt), *([("z", p.ldz)] if p.gate else [])]
         result = local(per_block)
 
         def block(first: Expr, count: int) -> None:
@@ -88,8 +90,12 @@ def build(name: str, p: SelectiveScan) -> Built:
                     store(state, n * LANES, load(k["past"], n * p.D + first + at, lanes), lanes)
 
             def token(t: Expr) -> None:
-                for state, (at, lanes) in zip(states, cover, strict=False):
-                    store(result, at, _channels(k, p, state, t, first + at, lanes), lanes)
+                if p.T > AHEAD:
+                    for name, ld in rows_ahead:
+                        for at, _ in cover:
+                            prefetch(k[name], (t + AHEAD) * ld + first + at)
+                _channels(k, p, states, t, first, cover, result)
+                for at, lanes in cover:
                     if p.quant is None:
                         store(k["y"], t * p.D + first + at, load(result, at, lanes), lanes)
                 if p.quant is not None:
@@ -118,23 +124,29 @@ def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Exp
     return dt
 
 
-def _channels(k: Kernel, p: SelectiveScan, state: Buffer, t: Expr, d: Expr, lanes: int) -> Expr:
-    """Advance the state of `lanes` channels by token t and return their y."""
-    acc = local(LANES)
-    u = let(load(k["u"], t * p.ldu + d, lanes))
-    dt = _step_size(k, p, t, d, lanes)
-    dtu = let(dt * u)
-    exponent = let(dt * splat(LOG2_E, lanes))
-    store(acc, 0, splat(0.0, lanes), lanes)
-    for n in range(p.N):
-        decay = T.exp2(exponent * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
-        s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
-        store(state, n * LANES, s, lanes)
-        s = load(state, n * LANES, lanes)
-        store(acc, 0, load(acc, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)
-    y = load(acc, 0, lanes)
-    if p.skip:
-        y = y + load(k["Dskip"], d, lanes) * u
-    if p.gate:
-        y = y * silu(let(load(k["z"], t * p.ldz + d, lanes)))
-    return y
+def _channels(
+    k: Kernel, p: SelectiveScan, states: list[Buffer], t: Expr, first: Expr, cover: list[tuple[int, int]], y: Buffer
+) -> None:
+    """Advance the states of the channels from `first` by token t. cover: (offset, lanes) of each strip; y: their y."""
+    strips = []
+    for state, (at, lanes) in zip(states, cover, strict=False):
+        u = let(load(k["u"], t * p.ldu + first + at, lanes))
+        dt = _step_size(k, p, t, first + at, lanes)
+        strips.append((state, at, lanes, u, let(dt * splat(LOG2_E, lanes)), let(dt * u), local(LANES)))
+    for *_, lanes, _u, _e, _d, acc in strips:
+        store(acc, 0, splat(0.0, lanes), lanes)
+    for n in range(p.N):  # the strips in turns: B and C of a state serve all of them from one register
+        for state, at, lanes, _, exponent, dtu, acc in strips:
+            d = first + at
+            decay = T.exp2(exponent * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
+            s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
+            store(state, n * LANES, s, lanes)
+            s = load(state, n * LANES, lanes)
+            store(acc, 0, load(acc, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)
+    for _, at, lanes, u, *_, acc in strips:
+        out = load(acc, 0, lanes)
+        if p.skip:
+            out = out + load(k["Dskip"], first + at, lanes) * u
+        if p.gate:
+            out = out * silu(let(load(k["z"], t * p.ldz + first + at, lanes)))
+        store(y, at, out, lanes)
