@@ -62,6 +62,21 @@ def test_a_step_without_state(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run({"x": x})["y"], [[1, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_state_fades_to_zero_not_through_subnormal_numbers(threads: int, tmp_path: Path) -> None:
+    """Those take many CPUs fifty times as long; the caller's own arithmetic keeps them."""
+    export(f"{MODULES}:fading", tmp_path / "export")
+    compile_export(tmp_path / "export", "host", tmp_path / "bundle")
+    tiny = np.finfo(np.float32).tiny
+    silence = np.zeros((1, 1, 1 << 15), np.float32)
+    with edgeseq.load(tmp_path / "bundle", threads=threads) as model, model.session() as session:
+        y = session.run({"x": silence + 2 * tiny})["y"]
+        assert (y == 2 * tiny).all()
+        assert (session.run({"x": silence})["y"] == tiny).all()
+        assert (session.run({"x": silence})["y"] == 0).all()
+    assert np.float32(tiny) * np.float32(0.5) > 0
+
+
 def test_a_token_model_with_step_alone_and_with_chunks(tmp_path: Path) -> None:
     steps, bundle = made(f"{MODULES}:letters", tmp_path / "steps")
     assert [g.file for g in load_manifest(steps).graphs] == ["step.onnx"]

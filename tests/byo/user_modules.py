@@ -82,11 +82,24 @@ class NoAxis(Counter):
         return self.step(x)
 
 
-fusion, counter, letters, letters_in_chunks, no_state, no_axis = (
+class Fading(nn.Module):
+    """A wide state that halves at every step."""
+
+    inputs = (TensorSpec("x", "float32", (1, 1, 1 << 15)),)
+    outputs = (TensorSpec("y", "float32", (1, 1, 1 << 15)),)
+    state = (StateSlot("past", "float32", (1, 1 << 15)),)
+
+    def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        now = 0.5 * past + x[:, 0]
+        return now[:, None], now
+
+
+fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading = (
     Fusion,
     Counter,
     Letters,
     LettersInChunks,
     NoState,
     NoAxis,
+    Fading,
 )

@@ -103,6 +103,47 @@ static int es_i_has(const es_i_feature *feature)
 }
 #endif
 
+#if defined(__x86_64__)
+enum { ES_FLUSH = 0x8040 }; /* MXCSR: results and operands */
+
+uint64_t es_i_float_mode_flush(void)
+{
+    uint32_t before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before | ES_FLUSH);
+    return before;
+}
+
+void es_i_float_mode_set(uint64_t mode)
+{
+    __builtin_ia32_ldmxcsr((uint32_t)mode);
+}
+#elif defined(__aarch64__)
+enum { ES_FLUSH = 1 << 24 }; /* FPCR.FZ */
+
+uint64_t es_i_float_mode_flush(void)
+{
+    uint64_t before;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(before));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(before | ES_FLUSH) : "memory");
+    return before;
+}
+
+void es_i_float_mode_set(uint64_t mode)
+{
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(mode) : "memory");
+}
+#else
+uint64_t es_i_float_mode_flush(void)
+{
+    return 0;
+}
+
+void es_i_float_mode_set(uint64_t mode)
+{
+    (void)mode;
+}
+#endif
+
 int es_cpu_has(const char *feature)
 {
     if (feature == NULL)

@@ -151,6 +151,7 @@ static void *es_i_worker_main(void *argument)
     int pinned = self->core < 0 || es_i_pin_self(self->core) == 0;
     __atomic_store_n(&self->state, pinned ? 1u : 2u, __ATOMIC_RELEASE);
     uint32_t idle = 0;
+    (void)es_i_float_mode_flush();
     while (!__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) {
         uint32_t finished = es_i_drain(pool, self->index);
         if (finished > 0) {

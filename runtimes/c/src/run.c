@@ -35,6 +35,7 @@ static void es_i_launches_run(es_session *session, uint32_t g, int outputs, uint
     if (model->flags & ES_POISON)
         memset(session->arena, 0xff, (size_t)graph->arena_bytes);
     pthread_mutex_lock(&model->lock);
+    uint64_t mode = es_i_float_mode_flush();
     for (uint32_t i = 0; i < graph->n_launches; i++) {
         const es_i_launch *launch = &plan->launches[graph->first_launch + i];
         if (!outputs && (launch->flags & ES_LAUNCH_OUTPUTS_ONLY))
@@ -45,6 +46,7 @@ static void es_i_launches_run(es_session *session, uint32_t g, int outputs, uint
         if (ns != NULL)
             ns[i] = es_i_now() - start;
     }
+    es_i_float_mode_set(mode);
     pthread_mutex_unlock(&model->lock);
 }
 
