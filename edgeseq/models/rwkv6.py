@@ -169,7 +169,7 @@ FAMILY = Family(
     model=Rwkv6,
     checkpoint=None,
     zoo={"rwkv6-1.6b": Rwkv6Config(65536, 2048, 24, 32, 7168)},
-    tiny=Rwkv6Config(256, 128, 4, 4, 192, r_mix=16, r_decay=16),
+    tiny=Rwkv6Config(256, 128, 4, 4, 176, r_mix=16, r_decay=16),
     state_formula="4 L (2 d + d N)",
     growth="constant",
     ops=("linear_attention",),

@@ -264,8 +264,8 @@ def _tiny(record: Family | StepFamily) -> FamilySource:
 def twin_of(source: Source) -> FamilySource:
     """The matched KV-cached attention model.
 
-    A trained tiny model has the trained tiny transformer as its twin, if that is as large within 2 %; every other
-    source has seeded random weights of the size that `twin` finds.
+    A trained tiny model has the trained tiny transformer as its twin, if that is as large within 2 % (a head that is not
+    tied aside, as RWKV has it); every other source has seeded random weights of the size that `twin` finds.
     """
     transformer = family("transformer")
     if source.config is None:
@@ -273,6 +273,7 @@ def twin_of(source: Source) -> FamilySource:
     config = twin(source.config)
     if source.name.startswith("zoo:tiny-"):
         trained = _tiny(transformer)
-        if abs(trained.param_count() / source.param_count() - 1.0) <= WITHIN:
+        head = 0 if source.config.tie else source.config.vocab_size * source.config.d_model
+        if abs(trained.param_count() / (source.param_count() - head) - 1.0) <= WITHIN:
             return trained
     return random_source(f"{source.name}-twin", transformer, config, source.tokenizer)
