@@ -40,7 +40,8 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
     the user's own that is no SequenceModel has no whole form and is stepped. Other step models: `input.<name>` and
     `output.<name>` [n,...] from seeded Gaussian inputs. For every floating output, float32 [3] (`_difference`):
     `float32.logits` or `float32.<name>`, what float32 changes; of a quantised model `noise.…` too, what rounding the
-    inputs of its quantised products to int8, as a device does, changes on top of that.
+    inputs of its quantised products to int8, as a device does, changes on top of that. A module of the user's own that
+    cannot be run in float64 (it compares dtypes) has a golden in float32 and nothing of the kind.
     """
     coded = load_coded(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
@@ -50,23 +51,37 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
             return _said(model, signature, length, byte_level)
 
     with torch.no_grad():
-        with Wide():
-            exact = said()
-        compared = {"float32": said(), **({"noise": said(round_inputs=True)} if coded else {})}
+        narrow = said()
+        rounded = said(round_inputs=True) if coded else None
+        exact = _wide(said, narrow, isinstance(model, SequenceModel))
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
         tensors = {n: array.astype(np.float32) if array.dtype == np.float64 else array for n, array in exact.items()}
-    outputs = [n for n in tensors if (n == "logits" or n.startswith("output.")) and tensors[n].dtype == np.float32]
-    for name in outputs:
-        for what, values in compared.items():
-            tensors[f"{what}.{name.removeprefix('output.')}"] = _difference(exact[name], values[name])
+    for name in [n for n in tensors if (n == "logits" or n.startswith("output.")) and tensors[n].dtype == np.float32]:
+        output = name.removeprefix("output.")
+        if exact is not narrow:
+            tensors[f"float32.{output}"] = _difference(exact[name], narrow[name])
+        if rounded is not None:
+            tensors[f"noise.{output}"] = _difference(narrow[name], rounded[name])
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise ExportError(f"PyTorch computes values in {name} that are not finite", "check the weights")
     (directory / FILE).write_bytes(save(tensors))
 
 
+def _wide(said: Callable[[], dict[str, NDArray[Any]]], narrow: dict[str, NDArray[Any]], ours: bool) -> Any:
+    """What is said in float64; `narrow` where a module that is not ours does not take that."""
+    try:
+        with Wide():
+            return said()
+    except (TypeError, ValueError, RuntimeError):
+        if ours:
+            raise
+        return narrow
+
+
 def _said(model: nn.Module, signature: StepSignature, length: int, byte_level: bool) -> dict[str, NDArray[Any]]:
-    """Token models: tokens int64 and logits in the arithmetic's dtype. Others: every input and output by its name."""
+    """Token models: tokens int64 and logits. Others: every input and output by its name. Within `Wide` what is float32
+    here, `.to(torch.float32)` included, is float64."""
     if not any(spec.role == "tokens" for spec in signature.inputs):
         return _steps(model, signature, length)
     tokens = _tokens(length, signature.outputs[0].shape[-1], byte_level)
@@ -74,11 +89,11 @@ def _said(model: nn.Module, signature: StepSignature, length: int, byte_level: b
     return {"tokens": tokens, "logits": logits}
 
 
-def _difference(exact: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float32]:
+def _difference(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float32]:
     """The largest |difference|, the root mean square, and the share of rows with another largest element."""
-    n = len(exact)
-    difference = np.abs(other.astype(np.float64) - exact)
-    changed = other.reshape(n, -1).argmax(1) != exact.reshape(n, -1).argmax(1)
+    n = len(one)
+    difference = np.abs(other.astype(np.float64) - one)
+    changed = other.reshape(n, -1).argmax(1) != one.reshape(n, -1).argmax(1)
     return np.array([difference.max(), np.sqrt(np.square(difference).mean()), changed.mean()], np.float32)
 
 
@@ -165,10 +180,10 @@ def _steps(model: nn.Module, signature: StepSignature, length: int) -> dict[str,
             torch.from_numpy(rng.standard_normal(s.shape).astype(np.float32)).to(getattr(torch, s.dtype))
             for s in signature.inputs
         ]
-        results = model.advance(*inputs, *state)
+        results = model.advance(*(x.clone() for x in inputs), *state)  # a step may write to what it is given
         outputs, state = results[: len(signature.outputs)], list(results[len(signature.outputs) :])
         for kind, specs, values in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
             for spec, value in zip(specs, values, strict=True):
-                row = value.numpy()
+                row = value.numpy().copy()
                 recorded.setdefault(f"{kind}.{spec.name}", []).append(row[0] if spec.shape[:1] == (1,) else row)
     return {name: np.stack(arrays) for name, arrays in recorded.items()}

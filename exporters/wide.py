@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ GATHERS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather
 
 
 class Wide(TorchDispatchMode):
-    """Every operator sees its float32 tensors and dtypes as float64.
+    """Every operator sees its float32 tensors and dtypes as float64, and makes nothing else.
 
     Weights are widened as they are used, one at a time; a view stays a view, and a lookup widens what it found.
     """
@@ -26,10 +25,10 @@ class Wide(TorchDispatchMode):
             return function(*args, **kwargs)
         if function._schema.name in GATHERS:
             return tree_map(_widened, function(*args, **kwargs))
-        if function._schema.is_mutable and args[0].dtype in WIDER:
+        if function._schema.is_mutable and getattr(args[0], "dtype", None) in WIDER:
             raise TypeError(f"{function} would change a tensor of {args[0].dtype} that was made outside of float64")
-        wide: Callable[[Any], Any] = _widened
-        return function(*tree_map(wide, args), **tree_map(wide, kwargs))
+        made = function(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+        return made if function._schema.is_mutable else tree_map(_widened, made)
 
 
 def _widened(x: Any) -> Any:

@@ -11,24 +11,24 @@ from types import FrameType
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
-    """SIGINT reaches its handler only in the function that this yields, or in place of another error: programs that
-    were called get the signal too, and fail. A second SIGINT is not held.
+    """SIGINT reaches its handler only in the function that this yields, at the end, or in place of another error:
+    programs that were called get the signal too, and fail. A second SIGINT is not held.
 
-    A signal that is ignored or ends the process still does, and so in a thread, which may not set a handler.
+    Where SIGINT is ignored or simply ends the process, and in threads, which may not set a handler, nothing changes.
     """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    frame: list[FrameType | None] = []
+    held: list[FrameType | None] = []
 
     def note(number: int, at: FrameType | None) -> None:
-        frame.append(at)
+        held.append(at)
         signal.signal(signal.SIGINT, handler)
 
     def check() -> None:
-        if frame:
-            handler(signal.SIGINT, frame.pop())
+        if held:
+            handler(signal.SIGINT, held.pop())
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -38,3 +38,4 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
         raise
     finally:
         signal.signal(signal.SIGINT, handler)
+    check()

@@ -162,6 +162,7 @@ def _compile(
             plan_id = write_plan(plan, folder / "model.edgeseq", report)
             write_facts(plan, plan_id, folder)
             carry(folder)
+            check()
         return out
 
 

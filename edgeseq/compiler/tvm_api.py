@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .interrupts import held_interrupts
 
-with held_interrupts() as check:  # loading it is work of its C++ too
+with held_interrupts():  # loading it is work of its C++ too
     import tvm
     import tvm.relax
     from tvm import relax, s_tir, tirx
@@ -19,8 +19,6 @@ with held_interrupts() as check:  # loading it is work of its C++ too
     from tvm.tirx import PrimFunc
     from tvm.tirx.script.builder import ir as T
     from tvm_ffi.structural import structural_hash, structural_map
-
-check()
 
 __all__ = [
     "IRBuilder", "IRModule", "PointerType", "PrimFunc", "PrimType", "T", "TvmCall", "TvmTarget",

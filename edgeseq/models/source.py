@@ -264,8 +264,8 @@ def _tiny(record: Family | StepFamily) -> FamilySource:
 def twin_of(source: Source) -> FamilySource:
     """The matched KV-cached attention model.
 
-    A trained tiny model has the trained tiny transformer as its twin, if that is as large within 2 % (a head that is not
-    tied aside, as RWKV has it); every other source has seeded random weights of the size that `twin` finds.
+    A trained tiny model has the trained tiny transformer as its twin, if that is as large within 2 % (a head that is
+    not tied aside, as RWKV has it); every other source has seeded random weights of the size that `twin` finds.
     """
     transformer = family("transformer")
     if source.config is None:

@@ -17,7 +17,7 @@ HINT = "export the model again"
 
 
 @dataclass(frozen=True)
-class Noise:
+class Change:
     """What another arithmetic did to one output in PyTorch.
 
     largest: |difference|. mean: root mean square of the differences. changed: share of rows with another largest
@@ -42,17 +42,17 @@ class Golden:
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     said_by: str = "PyTorch"
-    float32: dict[str, Noise] = field(default_factory=dict)
-    noise: dict[str, Noise] = field(default_factory=dict)
+    float32: dict[str, Change] = field(default_factory=dict)
+    noise: dict[str, Change] = field(default_factory=dict)
 
-    def exact(self, stage: str, wanted: Array, output: str = "logits") -> float:
+    def float_bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
         """The largest difference from `wanted` that passes at a stage whose products are not quantised."""
         own = self.float32[output].largest if output in self.float32 else 0.0
         return tolerance(stage, "float32", wanted) + ROUNDING_ELEMENT * own
 
     def bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
         """The largest difference from `wanted` that passes at a stage; the runtime of a quantised model rounds."""
-        exact = self.exact(stage, wanted, output)
+        exact = self.float_bound(stage, wanted, output)
         if stage != "runtime" or output not in self.noise:
             return exact
         return exact + ROUNDING_ELEMENT * self.noise[output].largest
@@ -69,7 +69,7 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
         raise UsageError(f"{directory} has no {FILE}, so there is nothing to compare with", HINT)
     tensors = _read(path)
     float32, noise = (
-        {s.name: _noise(path, key, tensors[key]) for s in signature.outputs if (key := f"{what}.{s.name}") in tensors}
+        {s.name: _change(path, key, tensors[key]) for s in signature.outputs if (key := f"{what}.{s.name}") in tensors}
         for what in ("float32", "noise")
     )
     said_by = "onnxruntime" if family == "onnx" else "PyTorch"
@@ -94,10 +94,10 @@ def load_golden(directory: Path, signature: StepSignature, family: str = "") -> 
     )
 
 
-def _noise(path: Path, name: str, values: Array) -> Noise:
+def _change(path: Path, name: str, values: Array) -> Change:
     if values.dtype != np.float32 or values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any():
         raise BundleError(f"{path}: {name} is {values.dtype} {list(values.shape)}, not three sizes", HINT)
-    return Noise(*map(float, values))
+    return Change(*map(float, values))
 
 
 def _read(path: Path) -> dict[str, Array]:

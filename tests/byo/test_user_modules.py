@@ -18,6 +18,7 @@ from edgeseq.errors import SourceError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.models.source import open_source
 from edgeseq.verify import verify
+from edgeseq.verify.golden import load_golden
 from edgeseq.verify.tolerances import tolerance
 from exporters import export
 
@@ -60,6 +61,13 @@ def test_a_step_without_state(tmp_path: Path) -> None:
     with edgeseq.load(bundle) as model, model.session() as session:
         x = np.float32([[-1, 0, 2, 3]])
         np.testing.assert_array_equal(session.run({"x": x})["y"], [[1, 1, 3, 4]])
+
+
+@pytest.mark.parametrize(("name", "wide"), [("rough", True), ("strict", False)])
+def test_modules_that_float64_is_hard_for(name: str, wide: bool, tmp_path: Path) -> None:
+    """Their goldens are made all the same; where a module refuses to mix dtypes, in float32."""
+    out, _ = made(f"{MODULES}:{name}", tmp_path)
+    assert ("y" in load_golden(out, load_manifest(out).step.signature).float32) == wide
 
 
 @pytest.mark.parametrize("threads", [1, 2])

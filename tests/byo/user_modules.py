@@ -94,7 +94,35 @@ class Fading(nn.Module):
         return now[:, None], now
 
 
-fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading = (
+class Rough(nn.Module):
+    """Writes into tensors that it makes and into its input."""
+
+    inputs = (TensorSpec("x", "float32", (1, 1, 4)),)
+    outputs = (TensorSpec("y", "float32", (1, 1, 4)),)
+    state = (StateSlot("past", "float32", (1, 4)),)
+
+    def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.zeros(1, 4)
+        y[:, 1:] = 0.3 * past[:, :3] + torch.tensor(0.1)
+        now = x.mul_(0.7)[:, 0] + y
+        return now[:, None], now
+
+
+class Strict(Counter):
+    """Compares the dtypes of its tensors, as torch's recurrent layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer = nn.Linear(4, 4)
+
+    def step(self, x: Tensor) -> Tensor:
+        if (hidden := 0.5 * x).dtype != self.layer.weight.dtype:
+            raise ValueError("dtypes differ")
+        return self.layer(hidden)
+
+
+fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, strict = (
     Fusion,
     Counter,
     Letters,
@@ -102,4 +130,6 @@ fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading = (
     NoState,
     NoAxis,
     Fading,
+    Rough,
+    Strict,
 )

@@ -23,7 +23,7 @@ from edgeseq.bundle.plan import align
 from edgeseq.bundle.reader import BundleFile
 from edgeseq.compiler import compile_export
 from edgeseq.compiler.kernels.linear_q import LinearQ
-from edgeseq.errors import CompileError
+from edgeseq.errors import BundleError, CompileError
 from edgeseq.verify.chain import verify
 from exporters import contrib, export
 from exporters.rounding import dequantise, quantise
@@ -273,9 +273,11 @@ def test_noise_is_no_licence(built: Callable[[str, str, str], Path], tmp_path: P
     logits = golden["logits"] + np.random.default_rng(0).normal(0, spread, golden["logits"].shape).astype(np.float32)
     save_file(golden | {"logits": logits.astype(np.float32)}, tmp_path / "bundle" / "golden.safetensors")
     assert "runtime rounding" in verify(tmp_path / "bundle").failed
-    save_file(golden | {"noise.logits": np.array([-1, 0, 0], np.float32)}, tmp_path / "bundle" / "golden.safetensors")
-    with pytest.raises(Exception, match="noise of rounding"):
-        verify(tmp_path / "bundle")
+    for name in ("noise.logits", "float32.logits"):
+        broken = golden | {name: np.array([-1, 0, 0], np.float32)}
+        save_file(broken, tmp_path / "bundle" / "golden.safetensors")
+        with pytest.raises(BundleError, match=rf"{name} is float32 \[3\]"):
+            verify(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(

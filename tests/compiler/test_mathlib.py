@@ -12,7 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeseq.compiler import lower
+from edgeseq.compiler.codegen import KernelSet
+from edgeseq.compiler.ir import KernelRef
 from edgeseq.compiler.kernels._emit import kernel, load, store
+from edgeseq.compiler.kernels.selective_scan import SelectiveScan
 from edgeseq.compiler.mathlib import _POLYNOMIALS
 from edgeseq.compiler.targets import resolve
 from edgeseq.compiler.tvm_api import T, TvmTarget
@@ -137,3 +140,17 @@ def test_an_edge_between_underflow_and_overflow(functions: Functions) -> None:
 def test_no_library_call_is_left(functions: Functions) -> None:
     for name in ("expf", "logf", "log1pf", "tanhf", "erff", "sinf", "cosf"):
         assert name not in functions.assembly
+
+
+@pytest.mark.parametrize("profile", ["host", "raspberry-pi-5"])
+def test_the_code_of_a_scan(profile: str, tmp_path: Path) -> None:
+    """AVX-512 scales by powers of two itself, and no frame with spilled vectors of 64 bytes lies across cache lines."""
+    target = resolve(profile)
+    kernels = KernelSet(target)
+    p = SelectiveScan(8, 64, 16, 64, 64, 32, 32, 64, gate=True, quant=8)
+    kernels.add(KernelRef("selective_scan", p), len(p.args))
+    kernels.write_object(tmp_path / "k.o", tmp_path / "k.s")
+    code = (tmp_path / "k.s").read_text()
+    wide = {"avx512f", "avx512dq"} <= set(target.features)
+    assert ("vscalefps" in code) == ("vreduceps" in code) == wide
+    assert not wide or "andq\t$-64, %rsp" in code

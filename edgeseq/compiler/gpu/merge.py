@@ -34,6 +34,7 @@ MOST_RANK = 256
 BATCHED = ("rotary", "causal_conv", "copy")  # beside products: kernels without barriers
 REACH = 40  # calls looked at for company
 MOST_PARTS = 8
+MOST_ARGS = 64  # OpenCL promises a kernel 1 KB of them: a pointer and an offset each
 
 
 def merge(calls: list[Call], gpu: Any) -> None:
@@ -307,7 +308,8 @@ def _batches(calls: list[Call], gpu: Any) -> None:
         for j in range(i + 1, min(i + REACH, len(calls))) if group else ():
             if len(group) == MOST_PARTS:
                 break
-            if _kind(calls[i], gpu) == _kind(calls[j], gpu) and _may_move(calls, i, j):
+            fits = sum(len(calls[g].args) for g in (*group, j)) <= MOST_ARGS
+            if fits and _kind(calls[i], gpu) == _kind(calls[j], gpu) and _may_move(calls, i, j):
                 group.append(j)
         if len(group) > 1:
             calls[i] = _together([calls[j] for j in group])

@@ -42,9 +42,7 @@ def kernel(name: str, params: Sequence[tuple[str, str, int]]) -> Iterator[Kernel
             k.block = T.arg("block", T.int32())
             for n, d, size, handle in handles:
                 k.buffers[n] = T.decl_buffer((size,), d, data=handle)
-            prefetch(
-                T.alloc_buffer((1,), f"float32x{LANES}", scope="local"), 0
-            )  # LLVM aligns a frame, and with it the vectors it spills, for an address alone
+            align_frame()
             yield k
     k.func = builder.get()
 
@@ -98,6 +96,12 @@ def pieces(elements: int, lanes: int = LANES) -> list[tuple[int, int]]:
 def prefetch(buffer: Buffer, offset: Expr) -> None:
     """Ask for the cache line of an element ahead of its use; a hint, any address is allowed."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(buffer[offset]), 0, 3, 1))
+
+
+def align_frame() -> None:
+    """Make LLVM align the stack frame to a vector, and so the vectors that it spills, which would else lie across cache
+    lines: it does that for a vector whose address somebody takes, not for those it spills later."""
+    prefetch(T.alloc_buffer((1,), f"float32x{LANES}", scope="local"), 0)
 
 
 def loop(extent: int, body: Callable[[Expr], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..tvm_api import T, tirx
 from . import Built
@@ -124,6 +125,18 @@ def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Exp
     return dt
 
 
+class _Strip(NamedTuple):
+    """A vector of channels at one token: where it begins in the block, dt log2(e), dt u, and the sum of C S so far."""
+
+    state: Buffer
+    at: int
+    lanes: int
+    u: Expr
+    exponent: Expr
+    dtu: Expr
+    sum: Buffer
+
+
 def _channels(
     k: Kernel, p: SelectiveScan, states: list[Buffer], t: Expr, first: Expr, cover: list[tuple[int, int]], y: Buffer
 ) -> None:
@@ -132,21 +145,20 @@ def _channels(
     for state, (at, lanes) in zip(states, cover, strict=False):
         u = let(load(k["u"], t * p.ldu + first + at, lanes))
         dt = _step_size(k, p, t, first + at, lanes)
-        strips.append((state, at, lanes, u, let(dt * splat(LOG2_E, lanes)), let(dt * u), local(LANES)))
-    for *_, lanes, _u, _e, _d, acc in strips:
-        store(acc, 0, splat(0.0, lanes), lanes)
+        strip = _Strip(state, at, lanes, u, let(dt * splat(LOG2_E, lanes)), let(dt * u), local(LANES))
+        store(strip.sum, 0, splat(0.0, lanes), lanes)
+        strips.append(strip)
     for n in range(p.N):  # the strips in turns: B and C of a state serve all of them from one register
-        for state, at, lanes, _, exponent, dtu, acc in strips:
-            d = first + at
-            decay = T.exp2(exponent * load(k["A"], (d // LANES * p.N + n) * LANES, lanes))
-            s = decay * load(state, n * LANES, lanes) + dtu * splat(k["B"][t * p.ldB + n], lanes)
-            store(state, n * LANES, s, lanes)
-            s = load(state, n * LANES, lanes)
-            store(acc, 0, load(acc, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)
-    for _, at, lanes, u, *_, acc in strips:
-        out = load(acc, 0, lanes)
+        for x in strips:
+            A = load(k["A"], ((first + x.at) // LANES * p.N + n) * LANES, x.lanes)
+            s = T.exp2(x.exponent * A) * load(x.state, n * LANES, x.lanes)
+            store(x.state, n * LANES, s + x.dtu * splat(k["B"][t * p.ldB + n], x.lanes), x.lanes)
+            s = load(x.state, n * LANES, x.lanes)
+            store(x.sum, 0, load(x.sum, 0, x.lanes) + s * splat(k["C"][t * p.ldC + n], x.lanes), x.lanes)
+    for x in strips:
+        out = load(x.sum, 0, x.lanes)
         if p.skip:
-            out = out + load(k["Dskip"], first + at, lanes) * u
+            out = out + load(k["Dskip"], first + x.at, x.lanes) * x.u
         if p.gate:
-            out = out * silu(let(load(k["z"], t * p.ldz + first + at, lanes)))
-        store(y, at, out, lanes)
+            out = out * silu(let(load(k["z"], t * p.ldz + first + x.at, x.lanes)))
+        store(y, x.at, out, x.lanes)

@@ -125,6 +125,10 @@ ES_LOCAL es_status es_i_plan_records(es_i_plan *plan, es_error *why);
 ES_LOCAL es_status es_i_roles_find(const es_i_plan *plan, es_i_roles *roles, es_error *why);
 ES_LOCAL es_status es_i_table_check(const es_i_plan *plan, const es_i_crc *crc, const es_kernel_table *table,
                                     es_error *why);
+/* From here on this thread counts subnormal numbers as zero, as a decaying state would pass through them and many CPUs
+ * are slow there. Returns the mode before, for es_i_float_mode_set. */
+ES_LOCAL uint64_t es_i_float_mode_flush(void);
+ES_LOCAL void es_i_float_mode_set(uint64_t mode);
 ES_LOCAL uint64_t es_i_dtype_bytes(uint32_t dtype);
 
 /* Formats into `why` (may be NULL) and returns `status`. */
@@ -163,10 +167,6 @@ ES_LOCAL es_status es_i_pool_start(es_i_pool *pool, const es_options *options, e
 ES_LOCAL void es_i_pool_stop(es_i_pool *pool);
 ES_LOCAL void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32_t grid);
 ES_LOCAL uint32_t es_i_cores(void);
-/* From here on this thread counts subnormal numbers as zero: a decaying state would pass through them, where many CPUs
- * take fifty times as long for a product. Returns the mode before, for es_i_float_mode_set. */
-ES_LOCAL uint64_t es_i_float_mode_flush(void);
-ES_LOCAL void es_i_float_mode_set(uint64_t mode);
 ES_LOCAL int es_i_pin_self(int32_t core);
 /* 1 when the system lets this process run on the core. */
 ES_LOCAL int es_i_may_run_on(int32_t core);
