@@ -45,17 +45,11 @@ class Golden:
     float32: dict[str, Change] = field(default_factory=dict)
     noise: dict[str, Change] = field(default_factory=dict)
 
-    def float_bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
-        """The largest difference from `wanted` that passes at a stage whose products are not quantised."""
-        own = self.float32[output].largest if output in self.float32 else 0.0
-        return tolerance(stage, "float32", wanted) + ROUNDING_ELEMENT * own
-
     def bound(self, stage: str, wanted: Array, output: str = "logits") -> float:
         """The largest difference from `wanted` that passes at a stage; the runtime of a quantised model rounds."""
-        exact = self.float_bound(stage, wanted, output)
-        if stage != "runtime" or output not in self.noise:
-            return exact
-        return exact + ROUNDING_ELEMENT * self.noise[output].largest
+        changes = (self.float32, self.noise) if stage == "runtime" else (self.float32,)
+        largest = sum(made[output].largest for made in changes if output in made)
+        return tolerance(stage, "float32", wanted) + ROUNDING_ELEMENT * largest
 
 
 def load_golden(directory: Path, signature: StepSignature, family: str = "") -> Golden:

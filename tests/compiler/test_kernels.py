@@ -205,9 +205,7 @@ def test_selective_scan(library: AnyLibrary, p: SelectiveScan, seed: int) -> Non
     u, u64 = d.rows(p.T, p.ldu, p.D)
     dt, dt64 = d.rows(p.T, p.lddt, p.D)
     if p.dt_softplus:
-        shift = np.float32(
-            d.rng.choice([-6.0, 0.0, 21.0])
-        )  # tiny steps, usual ones, those that softplus leaves as they are
+        shift = np.float32(d.rng.choice([-6.0, 0.0, 21.0]))  # tiny steps, usual ones, the linear branch
         dt, dt64 = dt + shift, wide(dt64.astype(np.float32) + shift)
     else:
         dt, dt64 = np.abs(dt), np.abs(dt64)

@@ -70,6 +70,15 @@ def _writers(calls: list[Call], value: Value) -> list[Call]:
     return [c for c in calls if any(a.value.storage is value.storage and a.access != "r" for a in c.args)]
 
 
+def _maker(calls: list[Call], value: Value) -> tuple[Call | None, Any]:
+    """The only call that writes into the memory of `value`, where its kernel is one of ours, and that kernel's
+    parameters; else None twice."""
+    writers = _writers(calls, value)
+    if len(writers) != 1 or not isinstance(writers[0].kernel, KernelRef):
+        return None, None
+    return writers[0], writers[0].kernel.params
+
+
 def _named(call: Call) -> dict[str, Arg]:
     """The arguments of a call by the names its kernel has for them."""
     return dict(zip(call.kernel.params.args, call.args, strict=True))
@@ -130,11 +139,9 @@ def _norm(calls: list[Call], call: Call, p: RmsNorm) -> None:
 
 def _step_sizes(calls: list[Call], scan: Call, p: SelectiveScan) -> None:
     dt = _argument(scan, "dt").value
-    writers = _writers(calls, dt)
-    if not _own(dt) or len(writers) != 1 or _readers(calls, dt) != [scan]:
+    product, q = _maker(calls, dt)
+    if product is None or not _own(dt) or _readers(calls, dt) != [scan]:
         return
-    (product,) = writers
-    q = product.kernel.params if isinstance(product.kernel, KernelRef) else None
     if type(q) is not Linear or q.M != p.D or q.K > MOST_RANK or q.bias or q.residual or q.act != "none":
         return
     if q.wdtype not in ("float32", "float16", "bfloat16") or not _may_wait(calls, product, scan):
@@ -150,13 +157,12 @@ def _scan_norms(calls: list[Call], scan: Call) -> None:
     p, named, norms = scan.kernel.params, _named(scan), []
     for name in ("B", "C"):
         value = named[name].value
-        writers = _writers(calls, value)
-        r = writers[0].kernel.params if len(writers) == 1 and isinstance(writers[0].kernel, KernelRef) else None
-        if not isinstance(r, RmsNorm) or (r.R, r.D, r.quant) != (1, p.N, None) or not _own(value):
+        norm, r = _maker(calls, value)
+        if norm is None or not isinstance(r, RmsNorm) or (r.R, r.D, r.quant) != (1, p.N, None) or not _own(value):
             return
-        if _readers(calls, value) != [scan] or not _may_wait(calls, writers[0], scan):
+        if _readers(calls, value) != [scan] or not _may_wait(calls, norm, scan):
             return
-        norms.append(writers[0])
+        norms.append(norm)
     first, second = (c.kernel.params for c in norms)
     if (first.eps, first.weight) != (second.eps, second.weight):
         return
@@ -174,13 +180,14 @@ def _rotations(calls: list[Call], attention: Call, p: CachedAttention) -> None:
     named, turned = _named(attention), []
     for name, heads in (("query", p.H), ("k", p.Hk)):
         y = named[name].value
-        writers = _writers(calls, y)
-        r = writers[0].kernel.params if len(writers) == 1 and isinstance(writers[0].kernel, KernelRef) else None
-        if not isinstance(r, Rotary) or (r.H, r.d) != (heads, p.d) or not _own(y) or _readers(calls, y) != [attention]:
+        turn, r = _maker(calls, y)
+        if turn is None or not isinstance(r, Rotary) or (r.H, r.d) != (heads, p.d) or not _own(y):
             return
-        if _argument(writers[0], "y").value.offset != y.offset or not _may_wait(calls, writers[0], attention):
+        if _readers(calls, y) != [attention] or _argument(turn, "y").value.offset != y.offset:
             return
-        turned.append((writers[0], _named(writers[0])))
+        if not _may_wait(calls, turn, attention):
+            return
+        turned.append((turn, _named(turn)))
     (first, of_q), (second, of_k) = turned
     places = [[(n[a].value.storage, n[a].value.offset) for a in ("cos", "sin")] for n in (of_q, of_k)]
     if places[0] != places[1] or first.kernel.params.interleaved != second.kernel.params.interleaved:
@@ -196,9 +203,7 @@ def _conv(calls: list[Call], conv: Call, p: CausalConv) -> None:
     x = _argument(conv, "x").value
     if p.T != 1 or p.quant is not None or not _own(x):
         return
-    writers = _writers(calls, x)
-    product = writers[0] if len(writers) == 1 else None
-    q = product.kernel.params if product is not None and isinstance(product.kernel, KernelRef) else None
+    product, q = _maker(calls, x)
     if product is None or not isinstance(q, Linear) or q.T != 1 or q.residual or q.act != "none":
         return
     if isinstance(q, FusedLinear) and q.conv:
@@ -276,13 +281,10 @@ def _rounding(calls: list[Call], call: Call, p: FusedLinearQ) -> None:
 
 def _sole_writer(calls: list[Call], value: Value) -> Call | None:
     """The product that writes `value` from its first element on, and nothing else into its memory."""
-    writers = _writers(calls, value)
-    if len(writers) != 1 or not isinstance(writers[0].kernel, KernelRef):
+    product, p = _maker(calls, value)
+    if product is None or not isinstance(p, Linear | LinearQ) or p.T != 1 or p.args[-1] != "y":
         return None
-    p = writers[0].kernel.params
-    if not isinstance(p, Linear | LinearQ) or p.T != 1 or p.args[-1] != "y":
-        return None
-    return writers[0] if writers[0].args[-1].value.offset == value.offset else None
+    return product if product.args[-1].value.offset == value.offset else None
 
 
 def _base(p: Any) -> Any:
@@ -308,8 +310,9 @@ def _batches(calls: list[Call], gpu: Any) -> None:
         for j in range(i + 1, min(i + REACH, len(calls))) if group else ():
             if len(group) == MOST_PARTS:
                 break
-            fits = sum(len(calls[g].args) for g in (*group, j)) <= MOST_ARGS
-            if fits and _kind(calls[i], gpu) == _kind(calls[j], gpu) and _may_move(calls, i, j):
+            if _kind(calls[i], gpu) != _kind(calls[j], gpu) or not _may_move(calls, i, j):
+                continue
+            if sum(len(calls[g].args) for g in (*group, j)) <= MOST_ARGS:
                 group.append(j)
         if len(group) > 1:
             calls[i] = _together([calls[j] for j in group])

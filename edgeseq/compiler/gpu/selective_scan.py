@@ -62,16 +62,14 @@ MOST_STATES = 8  # of a thread, where there are threads enough
 TILE = 8
 
 
-def build(name: str, p: SelectiveScan, gpu: Any) -> Built:
+def build(name: str, params: SelectiveScan, gpu: Any) -> Built:
+    p = FusedScan(**vars(params))  # of a plain scan one with nothing before it
     rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
     floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
     floats |= {"A": -(-p.D // 16) * 16 * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
+    floats |= {"B_w": p.N, "C_w": p.N, "dt_r": p.dt_rank}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
-    if isinstance(p, FusedScan):
-        sizes["B_w"] = sizes["C_w"] = ("float32", p.N)
-        sizes["dt_r"] = ("float32", p.dt_rank)
-        storage = "float32" if p.dt_wdtype == "float32" else "uint16"
-        sizes["dt_w"] = (storage, -(-p.D // 16) * 16 * p.dt_rank)
+    sizes["dt_w"] = ("float32" if p.dt_wdtype == "float32" else "uint16", -(-p.D // 16) * 16 * p.dt_rank)
     parts = 1
     while parts < min(p.N, 4) or (p.N > parts * MOST_STATES and 2 * parts * CHANNELS <= gpu.threads):
         parts *= 2
@@ -84,7 +82,7 @@ def build(name: str, p: SelectiveScan, gpu: Any) -> Built:
 class _Scan:
     """The states of one thread."""
 
-    def __init__(self, k: Kernel, p: SelectiveScan, parts: int) -> None:
+    def __init__(self, k: Kernel, p: FusedScan, parts: int) -> None:
         self.k, self.p, self.parts = k, p, parts
         self.each = blocks_of(p.N, parts)
         self.lane = k.thread % CHANNELS if parts > 1 else k.thread
@@ -115,12 +113,12 @@ class _Scan:
             with when(self.exists), when(inside):
                 store(self.S, i, k["past"][n * p.D + self.d])
                 store(self.A, i, k["A"][(self.d // 16 * p.N + n) * 16 + self.d % 16])
-        if isinstance(p, FusedScan) and p.dt_rank:
-            self._project(p)
+        if p.dt_rank:
+            self._project()
         else:
             await_inputs()
-        if isinstance(p, FusedScan) and p.norm:
-            self.scales = {name: self._scale(name, p) for name in ("B", "C")}
+        if p.norm:
+            self.scales = {name: self._scale(name) for name in ("B", "C")}
         loop(p.T // self.tile, lambda i: self._tile(i * self.tile, self.tile))
         if p.T % self.tile:
             self._tile(p.T // self.tile * self.tile, p.T % self.tile)
@@ -152,9 +150,9 @@ class _Scan:
             store(self.steps[0], u * CHANNELS + self.lane, exponent)
             store(self.steps[1], u * CHANNELS + self.lane, dtu)
 
-    def _project(self, p: FusedScan) -> None:
+    def _project(self) -> None:
         """self.dt: the channel's step size before bias and softplus; the parts share out its sum."""
-        k, n = self.k, blocks_of(p.dt_rank, self.parts)
+        p, k, n = self.p, self.k, blocks_of(self.p.dt_rank, self.parts)
         weights, total = local(n), local(1)
         sums = shared(k.threads)
 
@@ -180,9 +178,9 @@ class _Scan:
             dt = dt + sums[part * CHANNELS + self.lane]
         self.dt = let(dt)
 
-    def _scale(self, name: str, p: FusedScan) -> Expr:
+    def _scale(self, name: str) -> Expr:
         """What normalises B or C; every thread adds up the few squares by itself."""
-        total = local(1)
+        p, total = self.p, local(1)
         store(total, 0, f32(0.0))
 
         def add(n: Expr) -> None:
@@ -198,12 +196,12 @@ class _Scan:
         x = k[name][t * (p.ldB if name == "B" else p.ldC) + n]
         if name in self.scales:
             x = x * self.scales[name]
-        return x * k[f"{name}_w"][n] if isinstance(p, FusedScan) and p.norm_weight else x
+        return x * k[f"{name}_w"][n] if p.norm_weight else x
 
     def _step_size(self, t: Expr) -> tuple[Expr, Expr]:
         """dt log2(e) and dt u."""
         p, k = self.p, self.k
-        dt = self.dt if isinstance(p, FusedScan) and p.dt_rank else k["dt"][t * p.lddt + self.d]
+        dt = self.dt if p.dt_rank else k["dt"][t * p.lddt + self.d]
         dt = let(dt + k["dt_bias"][self.d] if p.dt_bias else dt)
         dt = let(softplus(dt)) if p.dt_softplus else dt
         if p.dt_min > 0.0:
