@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeseq.errors import ExportError
 from edgeseq.spec import StepSignature, TensorSpec
+from exporters import recurrent
 from exporters.translate import translations
 
 TORCH_OPSET = 18  # torch's own table is written for this opset; what it emits is valid in ONNX_OPSET too
@@ -55,20 +56,27 @@ def trace(model: nn.Module, signature: StepSignature, flavour: str) -> ir.Model:
                 program,
                 (),
                 dynamo=True,
-                custom_translation_table=translations(flavour),
+                custom_translation_table=translations(flavour) | recurrent.translations(),
                 opset_version=TORCH_OPSET,
                 optimize=False,
                 verify=False,
                 verbose=False,
             )
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            reason = str(_deepest(error)).strip().splitlines()
             raise ExportError(
                 f"the model cannot be traced for {signature.tokens} tokens: {reason[0] if reason else error!r}",
                 "its advance() must have static shapes and no branch on tensor values",
             ) from error
     assert onnx_program is not None
     return _named_as_in_state_dict(onnx_program.model, model)
+
+
+def _deepest(error: BaseException) -> BaseException:
+    """torch.onnx wraps what went wrong in advice to its own users."""
+    while isinstance(error, torch.onnx.OnnxExporterError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _fake_weights(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import edgeseq
 from edgeseq.compiler import compile_export
-from edgeseq.errors import SourceError, UsageError
+from edgeseq.errors import ExportError, SourceError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.models.source import open_source
 from edgeseq.verify import verify
@@ -23,7 +23,7 @@ from edgeseq.verify.tolerances import tolerance
 from exporters import export
 
 from .speech import LIBRIVOX, frames
-from .user_modules import Fusion
+from .user_modules import Fusion, Layers
 
 HERE = Path(__file__).parent
 MODULES = HERE / "user_modules.py"
@@ -94,6 +94,30 @@ def test_a_token_model_with_step_alone_and_with_chunks(tmp_path: Path) -> None:
     with edgeseq.load(bundle) as one, edgeseq.load(other) as many:
         want, got = one.session().prefill(ids), many.session().prefill(ids)
     assert np.abs(want - got).max() <= tolerance("runtime", "float32", want)
+
+
+def test_recurrent_layers_of_torch(tmp_path: Path) -> None:
+    """LSTM with a projection, GRU and RNN: steps, chunks and PyTorch's own whole sequence agree."""
+    _, bundle = made(f"{MODULES}:layers", tmp_path, chunks=(4,))
+    module = Layers().eval()
+    x = np.random.default_rng(5).standard_normal((1, 8, 20)).astype(np.float32)
+    fresh = [torch.full(slot.shape, float(slot.init)) for slot in Layers.state]
+    with torch.no_grad():
+        want = module.step(torch.from_numpy(x), *fresh)[0].numpy()
+    with edgeseq.load(bundle, poison=True) as model, model.session() as one, model.session() as many:
+        steps = np.concatenate([one.run({"frame": x[:, i : i + 1]})["y"] for i in range(8)], 1)
+        chunks = np.concatenate([many.run({"frame": x[:, i : i + 4]}, 1)["y"] for i in (0, 4)], 1)
+    bound = tolerance("runtime", "float32", want)
+    assert np.abs(steps - want).max() <= bound and np.abs(chunks - want).max() <= bound
+
+
+def test_a_recurrent_layer_in_both_directions(tmp_path: Path) -> None:
+    made(f"{MODULES}:both_ways", tmp_path)
+
+
+def test_an_operator_that_onnx_cannot_say_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="bessel_j0"):
+        export(f"{MODULES}:bessel", tmp_path / "out")
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -122,7 +122,57 @@ class Strict(Counter):
         return self.layer(hidden)
 
 
-fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, strict = (
+class Layers(nn.Module):
+    """torch's own recurrent layers, frames in: LSTM with a projection, GRU, RNN without biases; also in chunks."""
+
+    inputs = (TensorSpec("frame", "float32", (1, 1, 20)),)
+    outputs = (TensorSpec("y", "float32", (1, 1, 6)),)
+    state = (
+        StateSlot("h", "float32", (2, 1, 24)),
+        StateSlot("c", "float32", (2, 1, 40)),
+        StateSlot("g", "float32", (1, 1, 20)),
+        StateSlot("r", "float32", (1, 1, 6), 0.5),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.lstm = nn.LSTM(20, 40, num_layers=2, batch_first=True, proj_size=24)
+        self.gru = nn.GRU(24, 20, batch_first=True)
+        self.rnn = nn.RNN(20, 6, batch_first=True, bias=False)
+
+    def step(self, frame: Tensor, h: Tensor, c: Tensor, g: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        y, (h, c) = self.lstm(frame, (h, c))
+        y, g = self.gru(y, g)
+        y, r = self.rnn(y, r)
+        return y, h, c, g, r
+
+    chunk = step
+
+
+class BothWays(nn.Module):
+    """A window of frames read in both directions, time first; what comes back is the window's end."""
+
+    inputs = (TensorSpec("window", "float32", (5, 1, 12)),)
+    outputs = (TensorSpec("y", "float32", (5, 1, 16)),)
+    state = (StateSlot("h", "float32", (4, 1, 8)),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.gru = nn.GRU(12, 8, num_layers=2, bidirectional=True)
+
+    def step(self, window: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        y, h = self.gru(window, h)
+        return y, h
+
+
+class Bessel(Counter):
+    def step(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, strict, layers, both_ways, bessel = (
     Fusion,
     Counter,
     Letters,
@@ -132,4 +182,7 @@ fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, s
     Fading,
     Rough,
     Strict,
+    Layers,
+    BothWays,
+    Bessel,
 )
