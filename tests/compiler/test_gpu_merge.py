@@ -402,11 +402,15 @@ def reading_a_state(kind: str, written: bool) -> list[Call]:
     if kind == "gate":
         makers = [made("linear", product, slot, w, g), made("linear", product, slot, rate, u)]
         return [*makers, *write, made("glu", Glu(1, 16, 16, 16), g, u, y)]
-    if kind == "step sizes":
-        scan = SelectiveScan(1, 16, 1, 16, 16, 1, 1)
-        others = [Value(a, "float32", (16,), Storage("arena", a, 64)) for a in scan.args]
-        values = [g if a == "dt" else v for a, v in zip(scan.args, others, strict=True)]
-        return [made("linear", product, slot, w, g), *write, made("selective_scan", scan, *values)]
+    if kind in ("step sizes", "scan norms"):
+        scan = SelectiveScan(1, 16, 16, 16, 16, 16, 16)
+        others = {a: Value(a, "float32", (16,), Storage("arena", a, 64)) for a in scan.args}
+        if kind == "step sizes":
+            makers, given = [made("linear", product, slot, w, g)], {"dt": g}
+        else:
+            norm = RmsNorm(1, 16, 16, EPS, False)
+            makers, given = [made("rms_norm", norm, slot, v) for v in (g, u)], {"B": g, "C": u}
+        return [*makers, *write, made("selective_scan", scan, *(others | given).values())]
     turn, angles = Rotary(1, 1, 16, 16, False), (w, rate)
     key, value, position = (Value(n, "float32", (16,), Storage("state", n, 64)) for n in ("k", "v", "p"))
     attention = made(
@@ -415,7 +419,7 @@ def reading_a_state(kind: str, written: bool) -> list[Call]:
     return [made("rotary", turn, slot, *angles, g), made("rotary", turn, slot, *angles, u), *write, attention]
 
 
-@pytest.mark.parametrize("kind", ["norm", "gate", "step sizes", "rotations"])
+@pytest.mark.parametrize("kind", ["norm", "gate", "step sizes", "scan norms", "rotations"])
 def test_what_reads_a_state_stays_before_who_overwrites_it(kind: str) -> None:
     gpu = resolve("opencl").gpu
     free, bound = reading_a_state(kind, False), reading_a_state(kind, True)
