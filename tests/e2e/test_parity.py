@@ -11,7 +11,7 @@ import pytest
 import edgeseq
 from tests.every import EVERY
 
-from .support import COUNT, FAMILIES, QEMU, close, done, driver, ids, model
+from .support import COUNT, FAMILIES, QEMU, done, driver, ids, model
 
 SLOW = ("retnet", "llama-odd-heads", "mamba-biased", *FAMILIES)
 NAMES = ["mamba", "llama-gqa", "retnet", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW[1:])]
@@ -39,7 +39,7 @@ def test_the_python_api(name: str, threads: int) -> None:
             made.append(int(np.argmax(rows[-1])))
             rows.append(session.step(made[-1]))
     m.assert_greedy(prompt, made)
-    close(np.stack(rows), m.logits([*prompt, *made])[len(prompt) - 1 :])
+    m.close(np.stack(rows), [*prompt, *made], slice(len(prompt) - 1, None))
 
 
 @emulated
@@ -55,4 +55,4 @@ def test_the_device_bundle(name: str, tmp_path: Path) -> None:
     out = tmp_path / "logits"
     told = driver(m.pi, "logits", "--tokens", ids([*prompt, *made]), "--cut", "5,16,1,3,20,1", "--out", out, "--poison")
     ends = np.minimum(np.cumsum([5, 16, 1, 3, 20, *[1] * 100]), len(prompt) + COUNT)[: told["rows"]] - 1
-    close(np.fromfile(out, np.float32).reshape(told["rows"], -1), m.logits([*prompt, *made])[ends])
+    m.close(np.fromfile(out, np.float32).reshape(told["rows"], -1), [*prompt, *made], ends)
