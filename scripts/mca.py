@@ -126,11 +126,12 @@ def assembly(target: Target, storage: str, tokens: int, rows: int, width: int) -
             DTYPES[storage],
             tile=target.gemm_tile,
             streams=target.streams,
+            ahead=target.ahead,
             chains=target.chains,
         )
     else:
         bits, dot = int(storage[3:]), target.dot
-        params = LinearQ(tokens, rows, width, bits, dot.name, tile=dot.tile, streams=target.streams)
+        params = LinearQ(tokens, rows, width, bits, dot.name, tile=dot.tile, streams=target.streams, ahead=target.ahead)
     kernels = KernelSet(target)
     kernels.add(KernelRef("linear_q" if isinstance(params, LinearQ) else "linear", params), len(params.args))
     with tempfile.TemporaryDirectory() as folder:

@@ -114,7 +114,7 @@ def _describe(params: object) -> list[str]:
             isinstance(value, bool | float)
             or value == f.default
             or f.name.startswith("ld")
-            or f.name in ("tile", "streams", "chains")
+            or f.name in ("tile", "streams", "ahead", "chains")
         ):
             continue
         elif f.name == "wdtype" or f.name == "dtype":

@@ -18,7 +18,7 @@ CPUS = {"plain": "cortex-a72", "dotprod": "cortex-a76", "i8mm": "cortex-x4"}
 PROFILE = 'description = "one core"\ntriple = "aarch64-linux-gnu"\ncpu = "{}"\n'
 SHAPES: list[dict[str, Any]] = [
     {"T": 1, "M": 33, "K": 70, "bias": True, "residual": True, "ldr": 35, "act": "silu"},
-    {"T": 1, "M": 112, "K": 160, "streams": 2},
+    {"T": 1, "M": 112, "K": 160, "streams": 2, "ahead": True},
     {"T": 5, "M": 50, "K": 97, "bias": True, "residual": True, "ldr": 50, "tile": (4, 1)},
     {"T": SPAN + 3, "M": 16, "K": 64, "tile": (4, 1)},
     {"T": 6, "M": 34, "K": 64, "tile": (3, 2)},

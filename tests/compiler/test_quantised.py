@@ -44,6 +44,7 @@ PRODUCTS = [
         (13, 64, 128, False, (6, 2)), (3, 30, 31, True, (1, 1)),
     )
 ]  # fmt: skip
+PRODUCTS += [LinearQ(1, 333, 97, bits, isa, streams=3, ahead=bits == 4) for isa in SETS for bits in (4, 8)]
 ROUNDINGS = [
     Quantize(t, k, k + gap, zero) for t, k, gap, zero in ((1, 1, 0, 8), (3, 64, 5, 128), (2, 97, 0, 8), (20, 33, 2, 0))
 ]

@@ -45,6 +45,8 @@ def linears() -> list[Linear]:
         Linear(T=5, M=33, K=19, ldx=24, wdtype="bfloat16", bias=True),
         Linear(T=1, M=48, K=40, ldx=40, wdtype="bfloat16"),
         Linear(T=1, M=50, K=43, ldx=43, wdtype="float16", chains=2),
+        Linear(T=1, M=333, K=43, ldx=43, streams=3, ahead=True),
+        Linear(T=1, M=333, K=32, ldx=32, wdtype="bfloat16", bias=True, streams=2),
         Linear(T=12, M=64, K=31, ldx=31, act="silu", bias=True),
         Linear(T=13, M=64, K=31, ldx=40, residual=True, ldr=70),
         Linear(T=20, M=49, K=16, ldx=16, tile=(6, 1)),

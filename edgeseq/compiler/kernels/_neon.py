@@ -40,7 +40,7 @@ def pair_bytes(bits: int) -> int:
 # one tile, all k
 
 
-def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: list[Expr], n: int) -> None:
+def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: list[Expr], n: int, ahead: bool) -> None:
     """As in `linear_q`, by sdot: acc[16 (t G + g) ...] = 16 rows of group g times row tokens[t]."""
     for i in range(len(tokens) * len(groups)):
         store(acc, i * LANES, splat(0.0))
@@ -48,7 +48,7 @@ def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: li
         for r, group in enumerate(groups):
             base, half = (group * (n // 2) + b // 2) * pair_bytes(p.bits), b % 2
             at = base + 64 + half * block_bytes(p.bits)
-            if len(groups) > 1:
+            if ahead:
                 for line in range(0, block_bytes(p.bits), 64):
                     prefetch(k["w"], at + line + AHEAD)
             scales = let(T.Cast("float32x16", load(k["ws"], base // 2 + half * LANES)))

@@ -50,7 +50,8 @@ def most_streams(groups: int) -> int:
 
 
 def streams(params: Any, groups: int) -> list[Any]:
-    """`params` as they are, then with every other number of streams that `groups` allow."""
+    """`params` as they are, then with every other number of streams that `groups` allow, asked for ahead or not."""
     most = most_streams(groups)
-    own = min(params.streams, most)
-    return [params, *(replace(params, streams=n) for n in STREAMS if n <= most and n != own)]
+    own = (min(params.streams, most), params.ahead)
+    others = [(n, ahead) for ahead in (params.ahead, not params.ahead) for n in STREAMS if n <= most]
+    return [params, *(replace(params, streams=n, ahead=ahead) for n, ahead in others if (n, ahead) != own)]

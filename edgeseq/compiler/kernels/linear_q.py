@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 AHEAD = {4: 2, 8: 1}
-"""Pairs that a GEMV of several streams asks for ahead, into the first cache: about 1100 bytes a stream."""
+"""Pairs that a GEMV asks for ahead, into the first cache: about 1100 bytes a stream."""
 GROUPS_OF_4 = BLOCK // 4
 
 
@@ -34,7 +34,8 @@ GROUPS_OF_4 = BLOCK // 4
 class LinearQ:
     """isa: "vnni" or "avx2" (x86 u8 x s8), "dotprod" or "i8mm" (ARM s8 x s8, see `_neon`) or "plain" (any CPU).
 
-    tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns.
+    tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns. ahead: each
+    is asked for before it is needed.
     """
 
     T: int
@@ -48,6 +49,7 @@ class LinearQ:
     act: str = "none"
     tile: tuple[int, int] = (8, 2)
     streams: int = 1
+    ahead: bool = False
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -93,7 +95,7 @@ def _rows(k: Kernel, p: LinearQ, groups: int, mine: list[Expr]) -> None:
     acc = local(tokens * rows * LANES)
     for t0 in range(0, p.T, tokens):
         tile = range(min(tokens, p.T - t0))
-        multiply_tile(k, p, acc, [t0 + t for t in tile], mine, blocks(p.K))
+        multiply_tile(k, p, acc, [t0 + t for t in tile], mine, blocks(p.K), p.ahead and p.T == 1)
         for t in tile:
             for r, group in enumerate(mine):
                 at = (t * rows + r) * LANES
@@ -108,13 +110,15 @@ def _finish(k: Kernel, p: LinearQ, acc: Buffer, at: Expr, t: Expr, group: Expr):
     return lambda lanes: epilogue(k, p, acc, at, t, group * LANES, lanes)
 
 
-def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: list[Expr], n: int) -> None:
+def multiply_tile(
+    k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: list[Expr], n: int, ahead: bool = False
+) -> None:
     """acc[16 (t G + g) ...] = 16 rows of group g times row tokens[t]: int32 within a block, float32 across blocks.
 
     k has q, scale, offset, w and ws; p has bits and isa; n is the number of blocks of a row, even.
     """
     if p.isa in _neon.NAMES:
-        return _neon.multiply_tile(k, p, acc, tokens, groups, n)
+        return _neon.multiply_tile(k, p, acc, tokens, groups, n, ahead)
     pair_bytes, rows = PAIR_BYTES[p.bits], len(groups)
     for i in range(len(tokens) * rows):
         store(acc, i * LANES, splat(0.0))
@@ -131,7 +135,7 @@ def multiply_tile(k: Kernel, p: Any, acc: Buffer, tokens: list[Expr], groups: li
                     store(ints, at, first)
                     if chains == 2:
                         store(ints, at + LANES, T.broadcast(T.int32(0), LANES))
-            _products(k, p, ints, bases, half, b, tokens, n, chains)
+            _products(k, p, ints, bases, half, b, tokens, n, chains, ahead)
             scales = [
                 let(T.Cast("float32x16", load(k["ws"], bases[r] // 2 + half * LANES))) for r in range(rows)
             ]  # fmt: skip
@@ -155,12 +159,13 @@ def _products(
     tokens: list[Expr],
     n: int,
     chains: int,
+    ahead: bool,
 ) -> None:
     """ints += W_block q_block for 8 groups of four k; nibble vectors are loaded once and used twice."""
     body = 64 + half * (256 if p.bits == 4 else 512)
     for j in range(GROUPS_OF_4 // 2 if p.bits == 4 else GROUPS_OF_4):
         parts: list[tuple[int, list[Expr]]] = []
-        if p.T == 1 and len(bases) > 1:
+        if ahead:
             for base in bases:
                 prefetch(k["w"], base + body + j * 64 + AHEAD[p.bits] * PAIR_BYTES[p.bits])
         raw = [_register(k["w"][T.ramp(base + body + j * 64, 1, 64)])[T.ramp(0, 1, 64)] for base in bases]

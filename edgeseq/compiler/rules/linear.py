@@ -57,7 +57,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         params = Linear(
             T=math.prod(graph.shape(x)[:-1]), M=m, K=xv.cols, ldx=xv.ld, wdtype=w.dtype, bias=bool(after.bias),
             residual=rv is not None, ldr=rv.ld if rv else 0, tile=low.target.gemm_tile,
-            streams=low.target.streams,
+            streams=low.target.streams, ahead=low.target.ahead,
             chains=low.target.chains,
         )  # fmt: skip
         optional = [Arg(low.weight(after.bias, "plain"), "r")] if after.bias else []

@@ -36,6 +36,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
         params = LinearQ(
             T=math.prod(graph.shape(x)[:-1]), M=m, K=k, bits=bits, isa=isa.name, bias=bool(after.bias),
             residual=rv is not None, ldr=rv.ld if rv else 0, tile=isa.tile, streams=low.target.streams,
+            ahead=low.target.ahead,
         )  # fmt: skip
         optional = [Arg(low.weight(after.bias, "plain"), "r")] if after.bias else []
         optional += [Arg(rv, "r")] if rv else []

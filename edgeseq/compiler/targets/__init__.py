@@ -40,7 +40,7 @@ class Target:
     gemm_tile: (tokens, groups of 16 rows) whose accumulators fit the vector registers.
     dot:       the byte product and its tile.
     streams:   groups of 16 rows that a GEMV reads in turns: a core that prefetches each stream on its own reads several
-               faster than one.
+               faster than one. ahead: they are asked for before they are needed.
     chains:    sums of 16 rows that a GEMV of floats keeps, which hide the latency of multiply-add.
     gpu:       kernels are for this GPU; `llvm` is None then, and the rest describes the CPU that drives it.
     platform:  "android" where code has to keep to its rules; else empty.
@@ -56,6 +56,7 @@ class Target:
     gemm_tile: tuple[int, int]
     dot: Dot
     streams: int = 1
+    ahead: bool = False
     chains: int = 8
     gpu: Gpu | None = None
     platform: str = ""

@@ -21,6 +21,9 @@ def make(profile: Profile) -> Target:
     present = llvm_features(llvm)
     if "avx512f" in present and "prefer-256-bit" in present:
         llvm["mattr"] = ["-prefer-256-bit"]  # kernels are written for 16 floats
+    streams, ahead = (7 if "avx512f" in present else 4), True  # eight often lie 4096 bytes apart and share cache sets
+    if llvm["mcpu"].startswith("znver"):
+        streams, ahead = 2, False  # the core's own prefetchers follow them, and ours keep these from it
     return Target(
         name=profile.name,
         llvm=llvm,
@@ -29,7 +32,8 @@ def make(profile: Profile) -> Target:
         features=tuple(f for f in CHECKED if f in present),
         gemm_tile=(12, 2) if "avx512f" in present else (6, 1),
         dot=_dot(present),
-        streams=7 if "avx512f" in present else 4,  # eight often lie a multiple of 4096 bytes apart and share cache sets
+        streams=streams,
+        ahead=ahead,
     )
 
 
