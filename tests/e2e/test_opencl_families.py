@@ -58,7 +58,8 @@ CASES = [
     for storage in rotated(i, STORAGES)
 ]
 TRAINED = sorted(p.stem for p in (Path(edgeseq.models.__file__).parent / "zoo_weights").glob("*.safetensors"))
-CASES_TRAINED = [(n, s) for i, n in enumerate(TRAINED if EVERY else TRAINED[::8]) for s in rotated(i + 1, STORAGES)]
+SOME_TRAINED = ("tiny-dnc", "tiny-mlstm", "tiny-longformer", "tiny-recurrent-gemma", "tiny-gla")
+CASES_TRAINED = [(n, s) for i, n in enumerate(TRAINED if EVERY else SOME_TRAINED) for s in rotated(i + 1, STORAGES)]
 TOKENS = 64
 
 
