@@ -64,6 +64,7 @@ CONVOLVED = [
     FusedLinear(1, 50, K, K, conv=4, conv_at=17, conv_C=21, conv_bias=True, conv_silu=True),
     FusedLinear(1, 32, K, K, conv=1, conv_at=0, conv_C=32, norm=True, norm_weight=True, eps=EPS),
     FusedLinear(1, 32, K, K, conv=2, conv_at=16, conv_C=16),
+    FusedLinear(1, 50, K, K, bias=True, conv=3, conv_at=5, conv_C=40, conv_bias=True),
 ]
 GATED_Q = [
     FusedLinearQ(1, m, K, bits, "dp4a", glu=True, quant=z)

@@ -185,7 +185,8 @@ class Gemv:
             y = let(total(at) * scale)
             if p.glu:
                 y = let(silu(y) * (total(at + rows) * scale))
-            epilogue(k, p, y, 0, self.row)
+            y = let(settled(k, p, y, 0, self.row))
+            store(k["y"], self.row, y)
             if self.conv:
                 self.conv.write(y)
 
