@@ -21,7 +21,7 @@ TRAINED = [name for name in families() if (ZOO_WEIGHTS / f"tiny-{name}.safetenso
 SAMPLE = (ZOO_WEIGHTS / "held-out.txt").read_bytes()
 COSTS = {"int8": 0.001, "int4": 0.025}
 """Bits per byte that rounding may cost."""
-MORE = {("linear-transformer", "int8"): 0.0015}
+MORE = {("linear-transformer", "int8"): 0.0015, ("recurrent-gemma", "int4"): 0.03}
 """What it may cost where the page's table shows that it costs more."""
 
 
@@ -99,4 +99,5 @@ def test_the_page_sums_up_every_trained_model() -> None:
         bits = rows[f"zoo:tiny-{family}"]
         recorded = json.loads((ZOO_WEIGHTS / f"tiny-{family}.json").read_text())["sample_bits_per_byte"]
         assert bits["fp32"] == pytest.approx(recorded, abs=1e-3)
-        assert all(-0.002 < bits[matrices] - bits["fp32"] < COSTS["int4"] for matrices in bits)
+        most = MORE.get((family, "int4"), COSTS["int4"])
+        assert all(-0.002 < bits[matrices] - bits["fp32"] < most for matrices in bits)
