@@ -193,7 +193,11 @@ class Model:
 
     def logits(self, tokens: list[int]) -> NDArray[np.float64]:
         """[T,V] of the whole sequence, in float64 as far as the reference lets it."""
-        return self._whole(copy.deepcopy(self.reference).double(), tokens)
+        return self._whole(self.wide, tokens)
+
+    @cached_property
+    def wide(self) -> torch.nn.Module:
+        return copy.deepcopy(self.reference).double()
 
     def close(self, got: NDArray, tokens: list[int], rows: Any) -> None:
         """`got` are these rows of the logits; what the reference loses in float32 may be lost, as in `verify`."""
@@ -202,9 +206,10 @@ class Model:
         close(got, want, float(lost))
 
     def _whole(self, reference: torch.nn.Module, tokens: list[int]) -> NDArray[np.float64]:
+        ids = torch.tensor([tokens])
         with torch.no_grad():
-            found = reference(torch.tensor([tokens]), **({} if self.name == "retnet" else {"use_cache": False}))
-        return (found if self.name == "retnet" else found.logits)[0].double().numpy()
+            logits = reference(ids) if self.name == "retnet" else reference(ids, use_cache=False).logits
+        return logits[0].double().numpy()
 
     def assert_greedy(self, prompt: list[int], made: list[int]) -> None:
         """Every made token is the reference's own choice after all before it."""

@@ -83,7 +83,8 @@ def test_text_continues_as_dictionary_english(name: str) -> None:
     words = re.findall(r"[a-z]+", bytes(text).decode("ascii")[15:].lower())
     known = set(re.findall(r"[a-z]+", SAMPLE.decode().lower()))
     assert len(words) > 8
-    assert len({w for w in words if w in known}) > 1, words
+    few = name in ("bigbird", "granite-hybrid")  # which go round in circles
+    assert len({w for w in words if w in known}) > (1 if few else 2), words
     assert sum(w in known for w in words) >= 0.5 * len(words), words
 
 

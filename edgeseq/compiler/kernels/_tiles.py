@@ -50,8 +50,9 @@ def most_streams(groups: int) -> int:
 
 
 def streams(params: Any, groups: int) -> list[Any]:
-    """`params` as they are, then with every other number of streams that `groups` allow, asked for ahead or not."""
+    """`params` as they are, then with every other number of streams that `groups` allow, with and without ahead."""
     most = most_streams(groups)
     own = (min(params.streams, most), params.ahead)
-    others = [(n, ahead) for ahead in (params.ahead, not params.ahead) for n in STREAMS if n <= most]
+    several = [n for n in STREAMS if 1 < n <= most]
+    others = [(1, params.ahead), *((n, ahead) for ahead in (params.ahead, not params.ahead) for n in several)]
     return [params, *(replace(params, streams=n, ahead=ahead) for n, ahead in others if (n, ahead) != own)]

@@ -25,7 +25,7 @@ class Linear:
     """Parameters of one variant. ldx, ldr: floats between consecutive tokens of x and of the residual.
 
     tile: (tokens, row groups) held in registers by the GEMM.
-    streams: row groups that a block of the GEMV reads in turns. ahead: each is asked for before it is needed.
+    streams: row groups that a block of the GEMV reads in turns. ahead: several are asked for before they are needed.
     chains: sums of 16 rows that the GEMV keeps, of all streams together.
     """
 
@@ -51,7 +51,7 @@ class Linear:
 GEMV_UNROLL = 8
 LINE = 64
 AHEAD = 1088
-"""Bytes that a GEMV asks for ahead in each stream, into the first cache."""
+"""Bytes that a GEMV of several streams asks for ahead in each, into the first cache."""
 
 
 def candidates(p: Linear, target: Target) -> list[Linear]:
@@ -136,7 +136,7 @@ def _gemv(k: Kernel, p: Linear, groups: int, mine: list[Expr]) -> None:
     with T.serial(p.K // unroll) as step:
         for r in range(rows):
             for u in range(unroll):
-                if p.ahead and u * LANES * size % LINE == 0:
+                if p.ahead and rows > 1 and u * LANES * size % LINE == 0:
                     prefetch(k["w"], bases[r] + (step * unroll + u) * LANES + AHEAD // size)
                 term(step * unroll + u, r, u % chains)
     for i in range(p.K // unroll * unroll, p.K):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PAIR_BYTES = {4: 64 + 2 * 256, 8: 64 + 2 * 512}
 AHEAD = {4: 2, 8: 1}
-"""Pairs that a GEMV asks for ahead, into the first cache: about 1100 bytes a stream."""
+"""Pairs that a GEMV of several streams asks for ahead, into the first cache: about 1100 bytes a stream."""
 GROUPS_OF_4 = BLOCK // 4
 
 
@@ -34,8 +34,8 @@ GROUPS_OF_4 = BLOCK // 4
 class LinearQ:
     """isa: "vnni" or "avx2" (x86 u8 x s8), "dotprod" or "i8mm" (ARM s8 x s8, see `_neon`) or "plain" (any CPU).
 
-    tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns. ahead: each
-    is asked for before it is needed.
+    tile: (tokens, row groups) of the GEMM. streams: row groups that a block of the GEMV reads in turns. ahead:
+    several are asked for before they are needed.
     """
 
     T: int
@@ -95,7 +95,7 @@ def _rows(k: Kernel, p: LinearQ, groups: int, mine: list[Expr]) -> None:
     acc = local(tokens * rows * LANES)
     for t0 in range(0, p.T, tokens):
         tile = range(min(tokens, p.T - t0))
-        multiply_tile(k, p, acc, [t0 + t for t in tile], mine, blocks(p.K), p.ahead and p.T == 1)
+        multiply_tile(k, p, acc, [t0 + t for t in tile], mine, blocks(p.K), p.ahead and p.T == 1 and rows > 1)
         for t in tile:
             for r, group in enumerate(mine):
                 at = (t * rows + r) * LANES
