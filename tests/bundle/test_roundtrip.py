@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgeseq.bundle import writer
 from edgeseq.bundle.encode import plan_id
 from edgeseq.bundle.plan import Plan, PlanTensor
 from edgeseq.bundle.reader import BundleFile
-from edgeseq.bundle.writer import write_plan
+from edgeseq.bundle.writer import PIECE, write_plan
 from edgeseq.errors import BundleError
 from tests.bundle.plans import cached_plan, gpu_plan, recurrent_plan
 
@@ -40,6 +43,30 @@ def test_weights_lie_on_a_page_and_tensors_on_64_bytes(tmp_path: Path) -> None:
     assert data.index(first) % 4096 == 0
     assert data.index(second) % 64 == 0
     assert data.endswith(second)
+
+
+def test_large_weights_are_written_in_whole_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system gets pieces of 2 MiB at multiples of 2 MiB, whatever the tensors' sizes."""
+    written: list[tuple[int, int]] = []
+
+    class Recorded(io.FileIO):
+        def write(self, data: Any) -> int:
+            written.append((self.tell(), len(data)))
+            return super().write(data)
+
+    def opened(path: Path, mode: str, buffering: int) -> io.BufferedWriter:
+        return io.BufferedWriter(Recorded(path, mode), buffering)
+
+    monkeypatch.setattr(writer, "open", opened, raising=False)
+    plan = recurrent_plan()
+    arrays = [np.full(n, n % 251, np.uint8) for n in (3 * PIECE + 5, 7, PIECE - 1, 2 * PIECE)]
+    large = tuple(PlanTensor(f"t{i}", "plain", "uint8", a.shape, a.nbytes, a.tobytes) for i, a in enumerate(arrays))
+    write_plan(replace(plan, tensors=(*plan.tensors, *large)), tmp_path / "model.edgeseq")
+    *whole, rest, header = written
+    assert whole == [(i * PIECE, PIECE) for i in range(len(whole))] and len(whole) >= 6
+    assert rest[0] == len(whole) * PIECE and rest[1] < PIECE and header[0] == 0
+    with BundleFile(tmp_path) as bundle:
+        assert [bytes(t.data()) for t in bundle.plan.tensors[-4:]] == [a.tobytes() for a in arrays]
 
 
 def test_equal_code_is_stored_once(tmp_path: Path) -> None:

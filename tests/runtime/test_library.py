@@ -18,7 +18,7 @@ HEADER = C_DIR / "include" / "edgeseq.h"
 ALLOWED = {
     "calloc", "free", "malloc", "qsort", "memcmp", "memcpy", "memset", "strcmp", "snprintf", "vsnprintf",
     "__errno_location",
-    "open", "close", "fstat", "mmap", "munmap", "sysconf", "clock_gettime", "getauxval",
+    "open", "close", "fstat", "mmap", "munmap", "madvise", "sysconf", "clock_gettime", "getauxval",
     "sched_getaffinity", "sched_setaffinity", "sched_yield", "nanosleep", "__sched_cpucount", "__cpu_model",
     "pthread_attr_destroy", "pthread_attr_init", "pthread_attr_setstacksize", "pthread_cond_broadcast",
     "pthread_cond_destroy", "pthread_cond_init", "pthread_cond_wait", "pthread_create", "pthread_join",
