@@ -75,7 +75,8 @@ def build(name: str, p: SelectiveScan) -> Built:
     per_block = LANES if p.quant is None else BLOCK
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
         strips = per_block // LANES
-        states = [local(p.N * LANES) for _ in range(strips)]
+        # one token changes each number once, where it stands
+        registers = [_State(local(p.N * LANES), 0, LANES) for _ in range(strips)] if p.T > 1 else None
         rows_ahead = [("u", p.ldu), ("dt", p.lddt), *([("z", p.ldz)] if p.gate else [])]
         result = local(per_block)
 
@@ -86,9 +87,10 @@ def build(name: str, p: SelectiveScan) -> Built:
                     prefetch(k["past"], n * p.D + first + per_block + at)
             for i in range(0, per_block * p.N, LANES):
                 prefetch(k["A"], (first + per_block) * p.N + i)
-            for state, (at, lanes) in zip(states, cover, strict=False):
-                for n in range(p.N):
-                    store(state, n * LANES, load(k["past"], n * p.D + first + at, lanes), lanes)
+            past = [_State(k["past"], first + at, p.D) for at, _ in cover]
+            states = registers or past
+            if registers:
+                _copy(p, cover, past, registers)
 
             def token(t: Expr) -> None:
                 if p.T > AHEAD:
@@ -104,9 +106,8 @@ def build(name: str, p: SelectiveScan) -> Built:
                     write_block(k, t * blocks(p.D) + first // BLOCK, low, high, p.quant)
 
             loop(p.T, token)
-            for state, (at, lanes) in zip(states, cover, strict=False):
-                for n in range(p.N):
-                    store(k["past"], n * p.D + first + at, load(state, n * LANES, lanes), lanes)
+            if registers:
+                _copy(p, cover, registers, past)
 
         grid = split_blocks(k.block, p.D, per_block, block)
     return Built(k.func, grid)
@@ -125,10 +126,30 @@ def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Exp
     return dt
 
 
+class _State(NamedTuple):
+    """State n of a vector of channels, at base + n step of a buffer."""
+
+    buffer: Buffer
+    base: Expr | int
+    step: int
+
+    def load(self, n: int, lanes: int) -> Expr:
+        return load(self.buffer, self.base + n * self.step, lanes)
+
+    def store(self, n: int, value: Expr, lanes: int) -> None:
+        store(self.buffer, self.base + n * self.step, value, lanes)
+
+
+def _copy(p: SelectiveScan, cover: list[tuple[int, int]], source: list[_State], target: list[_State]) -> None:
+    for a, b, (_, lanes) in zip(source, target, cover, strict=False):
+        for n in range(p.N):
+            b.store(n, a.load(n, lanes), lanes)
+
+
 class _Strip(NamedTuple):
     """A vector of channels at one token: where it begins in the block, dt log2(e), dt u, and the sum of C S so far."""
 
-    state: Buffer
+    state: _State
     at: int
     lanes: int
     u: Expr
@@ -138,7 +159,7 @@ class _Strip(NamedTuple):
 
 
 def _channels(
-    k: Kernel, p: SelectiveScan, states: list[Buffer], t: Expr, first: Expr, cover: list[tuple[int, int]], y: Buffer
+    k: Kernel, p: SelectiveScan, states: list[_State], t: Expr, first: Expr, cover: list[tuple[int, int]], y: Buffer
 ) -> None:
     """Advance the states of the channels from `first` by token t. cover: (offset, lanes) of each strip; y: their y."""
     strips = []
@@ -151,9 +172,9 @@ def _channels(
     for n in range(p.N):  # the strips in turns: B and C of a state serve all of them from one register
         for x in strips:
             A = load(k["A"], ((first + x.at) // LANES * p.N + n) * LANES, x.lanes)
-            s = T.exp2(x.exponent * A) * load(x.state, n * LANES, x.lanes)
-            store(x.state, n * LANES, s + x.dtu * splat(k["B"][t * p.ldB + n], x.lanes), x.lanes)
-            s = load(x.state, n * LANES, x.lanes)
+            s = T.exp2(x.exponent * A) * x.state.load(n, x.lanes)
+            s = let(s + x.dtu * splat(k["B"][t * p.ldB + n], x.lanes))
+            x.state.store(n, s, x.lanes)
             store(x.sum, 0, load(x.sum, 0, x.lanes) + s * splat(k["C"][t * p.ldC + n], x.lanes), x.lanes)
     for x in strips:
         out = load(x.sum, 0, x.lanes)
