@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgeseq.errors import ExportError
 from edgeseq.models.experts_op import expert_linear, expert_linear_parallel
 from exporters.rounding import BLOCK, dequantise
 
@@ -33,29 +36,72 @@ class CodedMatrix:
         return torch.from_numpy(found).reshape(*ids.shape, self.k)
 
     def placeholder(self, m: int) -> Tensor:
-        """Stands for the matrix in a module: its shape in one element, NaN wherever anything but `Coded` reads it."""
-        return torch.full((1,), float("nan")).expand(m, self.k)
+        """Stands for the matrix in a module: its shape in one row, NaN wherever it is read outside `coded`."""
+        return torch.full((self.k,), float("nan")).expand(m, self.k)
 
 
-class Coded(TorchFunctionMode):
+INPUT = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::mv": 1, "aten::addmv": 2}
+"""Products that torch's layers end in, by schema, and which argument is the input of the matrix."""
+
+
+@contextmanager
+def coded(matrices: Mapping[int, CodedMatrix], round_inputs: bool = False) -> Iterator[None]:
     """Products and lookups of placeholders see the matrices they stand for, one at a time.
 
     matrices: by the address of the placeholder, as tied parameters are several tensors over one memory.
     round_inputs: a product with such a matrix sees its input rounded to int8 by blocks of 32, as a device does.
     """
+    # oneDNN would take a whole LSTM as one operator, with products that nobody sees
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        with _Experts(matrices, round_inputs), _Matrices(matrices, round_inputs):
+            yield
 
-    def __init__(self, matrices: Mapping[int, CodedMatrix], round_inputs: bool = False) -> None:
+
+class _Matrices(TorchDispatchMode):
+    """Sees the operators that linear(), matmul() and torch's recurrent layers come down to."""
+
+    def __init__(self, matrices: Mapping[int, CodedMatrix], round_inputs: bool) -> None:
+        super().__init__()
+        self.matrices, self.round_inputs = matrices, round_inputs
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.is_view or not any(map(self._is_coded, args)):
+            return function(*args, **kwargs)
+        schema = function._schema.name
+        if schema == "aten::embedding":
+            return self.matrices[args[0].data_ptr()].rows(args[1])
+        args = [self._whole(x) if self._is_coded(x) else x for x in args]
+        if self.round_inputs and schema in INPUT:
+            args[INPUT[schema]] = rounded_input(args[INPUT[schema]])
+        return function(*args, **kwargs)
+
+    def _is_coded(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.data_ptr() in self.matrices
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The matrix that a placeholder stands for, transposed or for every item of a batch where the view is."""
+        matrix = self.matrices[x.data_ptr()].rows()
+        if x.stride()[-2:] == (1, 0):
+            matrix = matrix.T
+        if x.ndim >= 2 and x.shape[-2:] == matrix.shape:
+            return matrix.expand(x.shape)
+        raise ExportError(
+            f"a quantised matrix {list(matrix.shape)} is read as {list(x.shape)}",
+            "export without --quant, or multiply with the whole matrix",
+        )
+
+
+class _Experts(TorchFunctionMode):
+    """Sees the products with the matrices of experts whole, to read the chosen ones alone."""
+
+    def __init__(self, matrices: Mapping[int, CodedMatrix], round_inputs: bool) -> None:
         super().__init__()
         self.matrices, self.round_inputs = matrices, round_inputs
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is nn.functional.linear and args[1].data_ptr() in self.matrices:
-            x = rounded_input(args[0]) if self.round_inputs else args[0]
-            args = (x, self.matrices[args[1].data_ptr()].rows(), *args[2:])
-        elif function in (expert_linear, expert_linear_parallel) and args[2].data_ptr() in self.matrices:
+        if function in (expert_linear, expert_linear_parallel) and args[2].data_ptr() in self.matrices:
             return self._experts(function, *args)
-        elif function is nn.functional.embedding and args[1].data_ptr() in self.matrices:
-            return self.matrices[args[1].data_ptr()].rows(args[0])
         return function(*args, **(kwargs or {}))
 
     def _experts(

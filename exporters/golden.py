@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edgeseq.errors import ExportError
 from edgeseq.models.base import SequenceModel
 from edgeseq.spec import StepSignature
-from exporters.coded import Coded, CodedMatrix
+from exporters.coded import CodedMatrix, coded
 from exporters.wide import Wide
 
 FILE = "golden.safetensors"
@@ -43,16 +43,16 @@ def write(directory: Path, model: nn.Module, signature: StepSignature, context: 
     inputs of its quantised products to int8, as a device does, changes on top of that. A module of the user's own that
     cannot be run in float64 (it compares dtypes) has a golden in float32 and nothing of the kind.
     """
-    coded = load_coded(model, directory / "weights.safetensors")
+    matrices = load_coded(model, directory / "weights.safetensors")
     length = min(LENGTH, context) if context else LENGTH
 
     def said(round_inputs: bool = False) -> dict[str, NDArray[Any]]:
-        with Coded(coded, round_inputs):
+        with coded(matrices, round_inputs):
             return _said(model, signature, length, byte_level)
 
     with torch.no_grad():
         narrow = said()
-        rounded = said(round_inputs=True) if coded else None
+        rounded = said(round_inputs=True) if matrices else None
         exact = _wide(said, narrow, isinstance(model, SequenceModel))
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
         tensors = {n: array.astype(np.float32) if array.dtype == np.float64 else array for n, array in exact.items()}
@@ -106,13 +106,13 @@ def load(model: nn.Module, path: Path) -> None:
 
 
 def load_coded(model: nn.Module, path: Path) -> dict[int, CodedMatrix]:
-    """The same, but a quantised matrix becomes a placeholder; run the model within Coded(what this returns)."""
+    """The same, but a quantised matrix becomes a placeholder; run the model within coded(what this returns)."""
     return _load(model, path, whole=False)
 
 
 def _load(model: nn.Module, path: Path, whole: bool) -> dict[int, CodedMatrix]:
     values: dict[Tensor, Tensor] = {}
-    coded: dict[int, CodedMatrix] = {}
+    matrices: dict[int, CodedMatrix] = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         for module_name, module in model.named_modules():
@@ -126,11 +126,11 @@ def _load(model: nn.Module, path: Path, whole: bool) -> dict[int, CodedMatrix]:
                     elif f"{full}.codes" in stored:
                         matrix = CodedMatrix(path, full, tensor.shape[1])
                         values[tensor] = matrix.rows() if whole else matrix.placeholder(tensor.shape[0])
-                        coded[values[tensor].data_ptr()] = matrix
+                        matrices[values[tensor].data_ptr()] = matrix
     for module_name, module in model.named_modules():
         _replace(module._parameters, values, module_name, lambda t: nn.Parameter(t, requires_grad=False))
         _replace(module._buffers, values, module_name, lambda t: t)
-    return coded
+    return matrices
 
 
 def _replace(

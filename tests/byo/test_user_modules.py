@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 import edgeseq
 from edgeseq.compiler import compile_export
@@ -23,7 +24,7 @@ from edgeseq.verify.tolerances import tolerance
 from exporters import export
 
 from .speech import LIBRIVOX, frames
-from .user_modules import Fusion, Layers
+from .user_modules import Fusion, Layers, WideLayers
 
 HERE = Path(__file__).parent
 MODULES = HERE / "user_modules.py"
@@ -109,6 +110,16 @@ def test_recurrent_layers_of_torch(tmp_path: Path) -> None:
         chunks = np.concatenate([many.run({"frame": x[:, i : i + 4]}, 1)["y"] for i in (0, 4)], 1)
     bound = tolerance("runtime", "float32", want)
     assert np.abs(steps - want).max() <= bound and np.abs(chunks - want).max() <= bound
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantised_recurrent_layers_of_torch(quant: str, tmp_path: Path) -> None:
+    """Every matrix of theirs is rounded, and the golden knows what rounding their inputs changes."""
+    out, _ = made(f"{MODULES}:wide_layers", tmp_path, quant=quant)
+    stored = set(load_file(out / "weights.safetensors"))
+    matrices = {name for name, p in WideLayers().named_parameters() if p.ndim == 2 and p.numel() >= 64 * 64}
+    assert len(matrices) == 14 and {f"{name}.codes" for name in matrices} <= stored
+    assert load_golden(out, load_manifest(out).step.signature).noise["y"].largest > 0
 
 
 def test_a_recurrent_layer_in_both_directions(tmp_path: Path) -> None:

@@ -167,12 +167,45 @@ class BothWays(nn.Module):
         return y, h
 
 
+class WideLayers(nn.Module):
+    """Matrices wide enough to be quantised in all that torch calls them by, a plain product included."""
+
+    inputs = (TensorSpec("frame", "float32", (1, 1, 64)),)
+    outputs = (TensorSpec("y", "float32", (1, 1, 6)),)
+    state = (
+        StateSlot("h", "float32", (1, 1, 64)),
+        StateSlot("c", "float32", (1, 1, 72)),
+        *(StateSlot(name, "float32", (1, 1, 64)) for name in ("g", "r")),
+        *(StateSlot(name, "float32", (1, 64)) for name in ("s", "t", "u", "v")),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.lstm = nn.LSTM(64, 72, batch_first=True, proj_size=64)
+        self.gru, self.rnn = nn.GRU(64, 64, batch_first=True), nn.RNN(64, 64, batch_first=True, nonlinearity="relu")
+        self.lstm_cell, self.gru_cell, self.rnn_cell = nn.LSTMCell(64, 64), nn.GRUCell(64, 64), nn.RNNCell(64, 64)
+        self.square = nn.Parameter(torch.randn(64, 64) / 8)
+        self.out = nn.Linear(64, 6)
+
+    def step(
+        self, frame: Tensor, h: Tensor, c: Tensor, g: Tensor, r: Tensor, s: Tensor, t: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, (h, c) = self.lstm(frame, (h, c))
+        y, g = self.gru(4 * y, g)
+        y, r = self.rnn(4 * y, r)
+        s, t = self.lstm_cell(y[:, 0], (s, t))
+        u = self.gru_cell(s, u)
+        v = self.rnn_cell(u, v)
+        return self.out(v @ self.square.T)[:, None], h, c, g, r, s, t, u, v
+
+
 class Bessel(Counter):
     def step(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)
 
 
-fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, strict, layers, both_ways, bessel = (
+fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, strict, layers, both_ways = (
     Fusion,
     Counter,
     Letters,
@@ -184,5 +217,5 @@ fusion, counter, letters, letters_in_chunks, no_state, no_axis, fading, rough, s
     Strict,
     Layers,
     BothWays,
-    Bessel,
 )
+wide_layers, bessel = WideLayers, Bessel

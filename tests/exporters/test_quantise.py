@@ -15,11 +15,11 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
-from edgeseq.errors import UsageError
+from edgeseq.errors import ExportError, UsageError
 from edgeseq.manifest import load_manifest
 from edgeseq.models.source import open_source, random_source
 from exporters import export, golden
-from exporters.coded import Coded, rounded_input
+from exporters.coded import CodedMatrix, coded, rounded_input
 from exporters.quantise import quantise_graph
 from exporters.rounding import dequantise, quantise
 from tests.exporters.support import QUANTISABLE, quantised_source, worst
@@ -207,7 +207,7 @@ def test_the_golden_says_what_rounded_activations_change(exported: Callable[...,
 
 
 def test_a_matrix_made_when_it_is_read_is_the_matrix(exported: Callable[..., Path]) -> None:
-    """Within Coded a placeholder acts as its matrix, looked up or multiplied with; outside it is NaN."""
+    """Within coded() a placeholder acts as its matrix, looked up or multiplied with; outside it is NaN."""
     import torch
 
     path = exported("mamba", "int4") / "weights.safetensors"
@@ -216,11 +216,36 @@ def test_a_matrix_made_when_it_is_read_is_the_matrix(exported: Callable[..., Pat
     golden.load(whole, path)
     matrices = golden.load_coded(lazy, path)
     with torch.no_grad():
-        with Coded(matrices):
+        with coded(matrices):
             assert torch.equal(lazy(tokens), whole(tokens))
         assert torch.isnan(lazy(tokens)).all()
-        with Coded(matrices, round_inputs=True):
+        with coded(matrices, round_inputs=True):
             assert 0 < (lazy(tokens) - whole(tokens)).abs().max() < 1
+
+
+def test_every_form_of_a_product_sees_the_matrix(exported: Callable[..., Path]) -> None:
+    """What torch makes of linear() and matmul() depends on ranks, strides and biases; each rounds its input alike."""
+    import torch
+
+    path = exported("mamba", "int4") / "weights.safetensors"
+    name = "layers.0.in_proj.weight"
+    matrix = CodedMatrix(path, name, quantised_source("mamba").tensor(name).shape[1])
+    w = matrix.rows()
+    standing = matrix.placeholder(len(w))
+    x, bias = torch.randn(2, 3, w.shape[1], generator=torch.Generator().manual_seed(0)), torch.ones(len(w))
+    linear = torch.nn.functional.linear
+    inputs = [x[0, 0], x[0], x[:1], x, x.mT.contiguous().mT, x[:1].mT.contiguous().mT]
+    forms = [lambda x, w: linear(x, w), lambda x, w: linear(x, w, bias), lambda x, w: x @ w.T, lambda x, w: x @ w.mT]
+    with torch.no_grad():
+        for x in inputs:
+            for form in forms:
+                wanted, rounded = form(x, w), form(rounded_input(x), w)
+                with coded({standing.data_ptr(): matrix}):
+                    torch.testing.assert_close(form(x, standing), wanted)
+                with coded({standing.data_ptr(): matrix}, round_inputs=True):
+                    torch.testing.assert_close(form(x, standing), rounded)
+        with coded({standing.data_ptr(): matrix}), pytest.raises(ExportError, match="is read as"):
+            _ = standing[:3] + 1
 
 
 def test_activations_are_rounded_as_the_kernels_do() -> None:
