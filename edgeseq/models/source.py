@@ -192,10 +192,19 @@ def _open_pth(path: Path) -> FamilySource:
 def random_source(
     name: str, record: Family | StepFamily, config: Any, tokenizer: Path | Literal["bytes"] | None = None
 ) -> FamilySource:
-    """Weights drawn from the name: the same name gives the same model everywhere."""
+    """Weights drawn from the name: the same name gives the same model everywhere.
+
+    What training begins alike for all channels (biases at 0, norms at 1) is spread by a tenth, so that no kernel is
+    right by leaving it out.
+    """
 
     def read(tensor: str, shape: tuple[int, ...]) -> Array:
-        return record.random_tensor(config, tensor, shape, seeded_rng(name, tensor))
+        rng = seeded_rng(name, tensor)
+        made = record.random_tensor(config, tensor, shape, rng)
+        if not made.size or (made != made.flat[0]).any():
+            return made
+        spread = 0.1 * rng.standard_normal(shape, np.float32)
+        return np.asarray(made * (1 + spread) if made.flat[0] else spread)
 
     source = FamilySource(name, record, config, tokenizer, read)
     source.learned = False
