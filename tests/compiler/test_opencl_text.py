@@ -111,8 +111,7 @@ def library(request: pytest.FixtureRequest) -> DeviceLibrary:
 def test_the_same_text_runs_on_any_device(library: DeviceLibrary, check: Any, p: Any) -> None:
     """PoCL has neither halves nor sub-groups: what would be shuffled goes through local memory.
 
-    A driver that has them runs the other ways: OCL_ICD_FILENAMES=.../libintelocl.so (Intel's, for CPUs, is on PyPI as
-    intel-opencl-rt) runs this file on halves, integer dot products and, for sub-groups of 16, shuffles.
+    tests/e2e/test_opencl_half.py runs this on a driver that has them.
     """
     check(library, p)
 

@@ -14,6 +14,7 @@ import edgeseq.models
 from edgeseq.compiler import compile_export
 from edgeseq.models import families, step_families
 from edgeseq.models.moe import MoeConfig
+from edgeseq.models.nsm import NsmConfig
 from edgeseq.models.source import Source, open_source, random_source
 from edgeseq.models.twin import family_of_config
 from edgeseq.runtime import Session, load
@@ -51,7 +52,7 @@ SMALL["gpt2"] = replace(SMALL["gpt2"], n_positions=128)
 SMALL["gated-delta-net"] = replace(
     SMALL["gated-delta-net"], eps=1e-2
 )  # a small one would amplify rounding in narrow heads
-STEP_MODELS = {name: record for name, record in step_families().items() if record.tiny is not None}
+STEP_MODELS = {name: (record, record.tiny or NsmConfig(5, 2, 64)) for name, record in step_families().items()}
 CASES = [
     (name, storage)
     for i, name in enumerate(sorted(families().keys() | STEP_MODELS.keys()))
@@ -71,13 +72,14 @@ def exported(name: str, storage: str) -> Path:
     if name in TRAINED:
         source: Source = open_source(f"zoo:{name}")
     elif name in STEP_MODELS:
-        source = random_source(name, STEP_MODELS[name], STEP_MODELS[name].tiny)
+        source = random_source(name, *STEP_MODELS[name])
     else:
         record = families()[name]
         few = replace(record.tiny, **FEWEST.get(name, {"n_layers": 1}))
         source = random_source(name, record, SMALL[name] if quant == "none" else few)
     out = folder() / f"{name}.{storage}"
-    export(source, out, context=128, chunks=(4,), dtype=dtype, quant=quant)
+    chunks = () if name == "nsm" else (4,)  # its graph stays while instructions come
+    export(source, out, context=128, chunks=chunks, dtype=dtype, quant=quant)
     return out
 
 
