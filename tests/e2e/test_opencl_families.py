@@ -12,9 +12,8 @@ import pytest
 
 import edgeseq.models
 from edgeseq.compiler import compile_export
-from edgeseq.models import families, step_families
+from edgeseq.models import families
 from edgeseq.models.moe import MoeConfig
-from edgeseq.models.nsm import NsmConfig
 from edgeseq.models.source import Source, open_source, random_source
 from edgeseq.models.twin import family_of_config
 from edgeseq.runtime import Session, load
@@ -23,7 +22,7 @@ from edgeseq.verify.runtime import bundle_manifest, runtime_stages
 from edgeseq.verify.tolerances import ROUNDING_CHOICES
 from exporters import export
 from tests.bundles import folder
-from tests.every import EVERY, rotated
+from tests.every import EVERY, STEP_MODELS, chunks, rotated
 from tests.models.support import ODD
 from tests.runtime.build import opencl_missing
 from tests.runtime.test_opencl import OCLGRIND, oclgrind
@@ -52,7 +51,6 @@ SMALL["gpt2"] = replace(SMALL["gpt2"], n_positions=128)
 SMALL["gated-delta-net"] = replace(
     SMALL["gated-delta-net"], eps=1e-2
 )  # a small one would amplify rounding in narrow heads
-STEP_MODELS = {name: (record, record.tiny or NsmConfig(5, 2, 64)) for name, record in step_families().items()}
 CASES = [
     (name, storage)
     for i, name in enumerate(sorted(families().keys() | STEP_MODELS.keys()))
@@ -78,8 +76,7 @@ def exported(name: str, storage: str) -> Path:
         few = replace(record.tiny, **FEWEST.get(name, {"n_layers": 1}))
         source = random_source(name, record, SMALL[name] if quant == "none" else few)
     out = folder() / f"{name}.{storage}"
-    chunks = () if name == "nsm" else (4,)  # its graph stays while instructions come
-    export(source, out, context=128, chunks=chunks, dtype=dtype, quant=quant)
+    export(source, out, context=128, chunks=chunks(name), dtype=dtype, quant=quant)
     return out
 
 
