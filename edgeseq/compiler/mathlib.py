@@ -122,19 +122,40 @@ def exp2(x: Expr) -> Expr:
     return _let(x, clamped)
 
 
+def _scalef(x: Expr, n: Expr) -> Expr:
+    """x 2^n of 16 lanes, also where 2^n alone would be out of range."""
+    every, current = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    return T.call_llvm_pure_intrin(_dtype(x), "llvm.x86.avx512.mask.scalef.ps.512", x, n, x, every, current)
+
+
+def _nearest(x: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """`body` of the integer nearest to x, |x| < 2^22: x + 1.5 2^23 has no digits behind the point. Two additions, which
+    run beside multiplications, where vrndscaleps and vreduceps take up to three cycles."""
+    shift = _splat(12582912.0, x)
+    return _let(x + shift, lambda t: _let(t - shift, body))
+
+
+def exp_avx512(x: Expr) -> Expr:
+    """The same without selections, of x in [-104, 89]: the scaling ends in 0 or infinity beyond, and is gradual below
+    -87.3 where the CPU has subnormal numbers."""
+
+    def scaled(n: Expr, r: Expr) -> Expr:
+        p = _horner(r, [1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5])
+        return _scalef(_fma(p, r * r, r) + _splat(1.0, r), n)
+
+    def reduced(a: Expr, n: Expr) -> Expr:
+        r = _fma(n, _splat(2.12194440e-4, a), _fma(n, _splat(-0.693359375, a), a))
+        return _let(r, lambda rv: scaled(n, rv))
+
+    low = tirx.Select(x < _splat(-104.0, x), _splat(-104.0, x), x)
+    high = tirx.Select(low > _splat(89.0, x), _splat(89.0, x), low)
+    return _let(high, lambda a: _nearest(a * _splat(1.44269504, a), lambda n: reduced(a, n)))
+
+
 def exp2_avx512(x: Expr) -> Expr:
-    """The same in the ten instructions that AVX-512 needs; clamped to -126 below, infinity from 128 on."""
-    every, current, nearest = tirx.const(-1, "int16"), tirx.const(4, "int32"), tirx.const(8, "int32")
-
-    def scaled(a: Expr, r: Expr) -> Expr:
-        name = "llvm.x86.avx512.mask.scalef.ps.512"
-        return T.call_llvm_pure_intrin(_dtype(a), name, _horner(r, _EXP2), a - r, a, every, current)
-
-    def reduced(a: Expr) -> Expr:
-        name = "llvm.x86.avx512.mask.reduce.ps.512"
-        return _let(T.call_llvm_pure_intrin(_dtype(a), name, a, nearest, a, every, current), lambda r: scaled(a, r))
-
-    return _let(x, lambda a: _let(tirx.Select(a < _splat(-126.0, a), _splat(-126.0, a), a), reduced))
+    """The same with the scaling of AVX-512; clamped to -126 below, infinity from 128 on."""
+    low = tirx.Select(x < _splat(-126.0, x), _splat(-126.0, x), x)
+    return _let(low, lambda a: _nearest(a, lambda n: _scalef(_horner(a - n, _EXP2), n)))
 
 
 def log(x: Expr) -> Expr:
@@ -275,6 +296,7 @@ def rsqrt(x: Expr) -> Expr:
 
 
 _POLYNOMIALS = {f.__name__: f for f in (exp, exp2, log, log1p, sigmoid, tanh, erf, sin, cos, rsqrt)}
+_AVX512 = {"exp": exp_avx512, "exp2": exp2_avx512}
 _MARK = "edgeseq_math_"
 
 
@@ -325,9 +347,10 @@ def expand(func: PrimFunc) -> PrimFunc:
 
     def replace(call: TvmCall) -> Expr:
         name = _marked(call)
-        if name == "exp2" and wide and _lanes(call) == 16:
-            return exp2_avx512(call.args[1])
-        return _POLYNOMIALS[name](call.args[1]) if name else call
+        if not name:
+            return call
+        polynomial = _AVX512.get(name) if wide and _lanes(call) == 16 else None
+        return (polynomial or _POLYNOMIALS[name])(call.args[1])
 
     body = structural_map(body, [(TvmCall, replace), (tirx.BufferStore, _bindings.flush), (tirx.Bind, _bindings.flush)])
     return func.with_body(body)

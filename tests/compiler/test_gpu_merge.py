@@ -225,7 +225,7 @@ def test_a_scan_with_what_is_small_before_it(device: DeviceLibrary, p: FusedScan
     )
     packed = pack("rows16", kept) if p.dt_rank else kept
     steps = [r, packed.view(np.uint16) if p.dt_wdtype == "float16" else packed] if p.dt_rank else [dt]
-    arrays = [u, *steps, *(weights if p.norm_weight else []), pack("columns16", A), B, C, skip, bias, past, unset(p.D)]
+    arrays = [u, *steps, *(weights if p.norm_weight else []), A, B, C, skip, bias, past, unset(p.D)]
     state, out = device.call(ref(p), arrays, "r" * (len(arrays) - 2) + "mw")
     close(out, y)
     close(state, present)

@@ -215,7 +215,7 @@ def test_selective_scan(library: AnyLibrary, p: SelectiveScan, seed: int) -> Non
     skip, bias, past = d.normal(p.D), d.normal(p.D), d.normal(p.N, p.D)
     z, z64 = d.rows(p.T, p.ldz, p.D) if p.gate else (None, None)
     optional = [a for a, on in ((skip, p.skip), (z, p.gate), (bias, p.dt_bias)) if on]
-    arrays = [u, dt, pack("columns16", A), B, C, *optional, past, unset(p.T, p.D)]
+    arrays = [u, dt, A, B, C, *optional, past, unset(p.T, p.D)]
     access = "r" * (5 + len(optional)) + "mw"
     present, y = library.call(ref(p), arrays, access, d.shifts(len(arrays)), seed)
     want, state = selective_scan(

@@ -60,6 +60,7 @@ SOURCES: list[Any] = [
     CausalConv(1, 64, 3, 64, False, False, quant=128),
     SelectiveScan(4, 128, 5, 128, 130, 15, 15, 256, skip=True, gate=True, dt_bias=True, quant=8),
     SelectiveScan(1, 64, 16, 64, 64, 32, 32, quant=0),
+    SelectiveScan(1, 320, 6, 320, 320, 6, 6, 320, skip=True, gate=True, dt_bias=True, quant=8),
 ]
 FLOATS = [replace(p, quant=None) for p in SOURCES]
 
@@ -201,7 +202,7 @@ def scan_inputs(d: Draw, p: SelectiveScan) -> tuple[list[NDArray], str, int, int
     reads = [
         d.rows(p.T, p.ldu, p.D)[0],
         d.rows(p.T, p.lddt, p.D)[0] - 3,
-        pack("columns16", -np.exp(d.normal(p.N, p.D))),
+        -np.exp(d.normal(p.N, p.D)),
     ]
     reads += [d.rows(p.T, p.ldB, p.N)[0], d.rows(p.T, p.ldC, p.N)[0]]
     return [*reads, *optional, d.normal(p.N, p.D)], "m", p.T, p.D

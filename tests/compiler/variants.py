@@ -105,6 +105,7 @@ def scans() -> list[SelectiveScan]:
         SelectiveScan(5, 33, 4, **plain, dt_softplus=False),
         SelectiveScan(5, 33, 4, **plain, dt_bias=True, dt_min=0.02, dt_max=0.5),
         SelectiveScan(5, 33, 4, **plain, gate=True, dt_max=0.3),
+        SelectiveScan(1, 557, 6, 557, 560, 8, 6, 560, skip=True, gate=True, dt_bias=True),
     ]
     for _ in range(8):
         d, n, gate = size.below(100), size.below(17), size.coin()

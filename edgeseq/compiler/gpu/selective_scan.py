@@ -66,7 +66,7 @@ def build(name: str, params: SelectiveScan, gpu: Any) -> Built:
     p = FusedScan(**vars(params))  # of a plain scan one with nothing before it
     rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
     floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    floats |= {"A": -(-p.D // 16) * 16 * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
+    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
     floats |= {"B_w": p.N, "C_w": p.N, "dt_r": p.dt_rank}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
     sizes["dt_w"] = ("float32" if p.dt_wdtype == "float32" else "uint16", -(-p.D // 16) * 16 * p.dt_rank)
@@ -112,7 +112,7 @@ class _Scan:
                 store(self.A, i, f32(0.0))
             with when(self.exists), when(inside):
                 store(self.S, i, k["past"][n * p.D + self.d])
-                store(self.A, i, k["A"][(self.d // 16 * p.N + n) * 16 + self.d % 16])
+                store(self.A, i, k["A"][n * p.D + self.d])
         if p.dt_rank:
             self._project()
         else:

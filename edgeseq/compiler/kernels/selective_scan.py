@@ -2,20 +2,20 @@
 
 dt <- clip(softplus(dt + dt_bias));  S[n,d] <- exp(dt[d] A[n,d]) S[n,d] + dt[d] u[d] B[n]
 y[d] = (sum_n C[n] S[n,d] + Dskip[d] u[d]) silu(z[d])
-Lanes are channels; the state of a block stays in registers or first-level cache over all tokens.
+Lanes are channels. Of one token, A and S are read as rows of states; of several, the states of a few channels are kept
+in registers or first-level cache over all tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
     LANES,
-    Buffer,
     Expr,
     Kernel,
     kernel,
@@ -23,6 +23,7 @@ from ._emit import (
     load,
     local,
     loop,
+    pieces,
     prefetch,
     silu,
     softplus,
@@ -34,13 +35,14 @@ from ._quantise import BLOCK, OUTPUTS, blocks, output_params, write_block
 
 LOG2_E = 1.4426950408889634
 AHEAD = 4  # tokens whose rows are asked for: each lies in another page, which no prefetcher follows
+WIDE = 256  # channels of a block of one token: what is read of each row
+ROWS = 4  # read side by side
 
 
 @dataclass(frozen=True)
 class SelectiveScan:
     """T tokens, D channels, N states; ld*: floats between tokens of each input.
 
-    A is packed columns16: [ceil(D/16)][N][16].
     quant: write int8 blocks for weights of this zero point instead of y (D a multiple of 64).
     """
 
@@ -70,47 +72,99 @@ class SelectiveScan:
 def build(name: str, p: SelectiveScan) -> Built:
     rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
     floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    floats |= {"A": -(-p.D // LANES) * LANES * p.N, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
+    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
     sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
-    per_block = LANES if p.quant is None else BLOCK
     with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
-        strips = per_block // LANES
-        # one token changes each number once, where it stands
-        registers = [_State(local(p.N * LANES), 0, LANES) for _ in range(strips)] if p.T > 1 else None
-        rows_ahead = [("u", p.ldu), ("dt", p.lddt), *([("z", p.ldz)] if p.gate else [])]
-        result = local(per_block)
-
-        def block(first: Expr, count: int) -> None:
-            cover = [(i * LANES, min(LANES, count - i * LANES)) for i in range(-(-count // LANES))]
-            for n in range(p.N):  # the state's rows lie apart, and the next block's are wanted soon
-                for at, _ in cover:
-                    prefetch(k["past"], n * p.D + first + per_block + at)
-            for i in range(0, per_block * p.N, LANES):
-                prefetch(k["A"], (first + per_block) * p.N + i)
-            past = [_State(k["past"], first + at, p.D) for at, _ in cover]
-            states = registers or past
-            if registers:
-                _copy(p, cover, past, registers)
-
-            def token(t: Expr) -> None:
-                if p.T > AHEAD:
-                    for name, ld in rows_ahead:
-                        for at, _ in cover:
-                            prefetch(k[name], (t + AHEAD) * ld + first + at)
-                _channels(k, p, states, t, first, cover, result)
-                for at, lanes in cover:
-                    if p.quant is None:
-                        store(k["y"], t * p.D + first + at, load(result, at, lanes), lanes)
-                if p.quant is not None:
-                    low, high = load(result, 0), load(result, LANES)
-                    write_block(k, t * blocks(p.D) + first // BLOCK, low, high, p.quant)
-
-            loop(p.T, token)
-            if registers:
-                _copy(p, cover, registers, past)
-
-        grid = split_blocks(k.block, p.D, per_block, block)
+        grid = _token(k, p) if p.T == 1 else _tokens(k, p)
     return Built(k.func, grid)
+
+
+def _token(k: Kernel, p: SelectiveScan) -> int:
+    """The grid of a kernel for one token, whose time is that of reading A and the state."""
+    exponent, dtu, total = local(WIDE), local(WIDE), local(WIDE)
+
+    def block(first: Expr, count: int) -> None:
+        def each(width: int, body: Callable[[Expr, int], None]) -> None:
+            whole, rest = divmod(count, width)
+            loop(whole, lambda i: body(i * width, width))
+            if rest:
+                body(whole * width, rest)
+
+        def prepare(at: Expr, lanes: int) -> None:
+            dt = _step_size(k, p, 0, first + at, lanes)
+            store(exponent, at, dt * splat(LOG2_E, lanes), lanes)
+            store(dtu, at, dt * load(k["u"], first + at, lanes), lanes)
+            store(total, at, splat(0.0, lanes), lanes)
+
+        def rows(n: Expr, count: int) -> None:
+            b, c = ([let(k[x][n + i]) for i in range(count)] for x in "BC")
+
+            def advance(at: Expr, lanes: int) -> None:
+                rows = [(n + i) * p.D + first + at for i in range(count)]
+                for row in rows:  # the next block's: into the second-level cache, as the first may lose it again
+                    prefetch(k["past"], row + WIDE, level=2)
+                    prefetch(k["A"], row + WIDE, level=2)
+                e, x = let(load(exponent, at, lanes)), let(load(dtu, at, lanes))
+                decays = [let(T.exp2(e * load(k["A"], row, lanes))) for row in rows]
+                states = [
+                    let(decay * load(k["past"], row, lanes) + x * splat(bn, lanes))
+                    for decay, row, bn in zip(decays, rows, b, strict=True)
+                ]
+                y = load(total, at, lanes)
+                for state, row, cn in zip(states, rows, c, strict=True):
+                    store(k["past"], row, state, lanes)
+                    y = y + state * splat(cn, lanes)
+                store(total, at, y, lanes)
+
+            each(LANES, advance)
+
+        def finish(at: Expr, lanes: int) -> None:
+            cover = pieces(lanes)
+            y = [_output(k, p, 0, first + at + i, n, load(total, at + i, n)) for i, n in cover]
+            _write(k, p, 0, first + at, cover, y)
+
+        each(LANES, prepare)
+        loop(p.N // ROWS, lambda i: rows(i * ROWS, ROWS))
+        if p.N % ROWS:
+            rows(p.N // ROWS * ROWS, p.N % ROWS)
+        each(LANES if p.quant is None else BLOCK, finish)
+
+    return split_blocks(k.block, p.D, WIDE, block)
+
+
+def _tokens(k: Kernel, p: SelectiveScan) -> int:
+    """The grid of a kernel for several tokens, whose time is that of its arithmetic."""
+    per_block = LANES if p.quant is None else BLOCK
+    rows_ahead = [("u", p.ldu), ("dt", p.lddt), *([("z", p.ldz)] if p.gate else [])]
+    strips = [_Strip(k, p, at) for at in range(0, per_block, LANES)]
+
+    def block(first: Expr, count: int) -> None:
+        cover = [(strip, min(LANES, count - strip.at)) for strip in strips if strip.at < count]
+        for name in ("A", "past"):
+            for n in range(p.N):  # the rows lie apart, and the next block's are wanted soon
+                for strip, _ in cover:
+                    prefetch(k[name], n * p.D + first + per_block + strip.at)
+        for strip, lanes in cover:
+            strip.fetch(first, lanes)
+
+        def token(t: Expr) -> None:
+            if p.T > AHEAD:
+                for name, ld in rows_ahead:
+                    for strip, _ in cover:
+                        prefetch(k[name], (t + AHEAD) * ld + first + strip.at)
+            for strip, lanes in cover:
+                strip.begin(t, first, lanes)
+            for n in range(p.N):  # the strips in turns: B and C of a state serve all of them from one register
+                for strip, lanes in cover:
+                    strip.advance(t, n, lanes)
+            y = [_output(k, p, t, first + strip.at, lanes, load(strip.sum, 0, lanes)) for strip, lanes in cover]
+            _write(k, p, t, first, [(strip.at, lanes) for strip, lanes in cover], y)
+
+        loop(p.T, token)
+        for strip, lanes in cover:
+            strip.give_back(first, lanes)
+
+    return split_blocks(k.block, p.D, per_block, block)
 
 
 def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Expr:
@@ -126,60 +180,52 @@ def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Exp
     return dt
 
 
-class _State(NamedTuple):
-    """State n of a vector of channels, at base + n step of a buffer."""
-
-    buffer: Buffer
-    base: Expr | int
-    step: int
-
-    def load(self, n: int, lanes: int) -> Expr:
-        return load(self.buffer, self.base + n * self.step, lanes)
-
-    def store(self, n: int, value: Expr, lanes: int) -> None:
-        store(self.buffer, self.base + n * self.step, value, lanes)
+def _output(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int, y: Expr) -> Expr:
+    """y of `lanes` channels from d, with what is skipped and gated."""
+    if p.skip:
+        y = y + load(k["Dskip"], d, lanes) * load(k["u"], t * p.ldu + d, lanes)
+    if p.gate:
+        y = y * silu(let(load(k["z"], t * p.ldz + d, lanes)))
+    return let(y)
 
 
-def _copy(p: SelectiveScan, cover: list[tuple[int, int]], source: list[_State], target: list[_State]) -> None:
-    for a, b, (_, lanes) in zip(source, target, cover, strict=False):
-        for n in range(p.N):
-            b.store(n, a.load(n, lanes), lanes)
+def _write(k: Kernel, p: SelectiveScan, t: Expr, first: Expr, cover: list[tuple[int, int]], y: list[Expr]) -> None:
+    """Vectors of y, or a block of two; cover: (offset from channel `first`, lanes) of each."""
+    if p.quant is None:
+        for (at, lanes), value in zip(cover, y, strict=True):
+            store(k["y"], t * p.D + first + at, value, lanes)
+    else:
+        write_block(k, t * blocks(p.D) + first // BLOCK, y[0], y[1], p.quant)
 
 
-class _Strip(NamedTuple):
-    """A vector of channels at one token: where it begins in the block, dt log2(e), dt u, and the sum of C S so far."""
+class _Strip:
+    """A vector of channels of a block, `at` from its first, with their A and states in scratch over all tokens."""
 
-    state: _State
-    at: int
-    lanes: int
-    u: Expr
-    exponent: Expr
-    dtu: Expr
-    sum: Buffer
+    def __init__(self, k: Kernel, p: SelectiveScan, at: int) -> None:
+        self.k, self.p, self.at = k, p, at
+        self.A, self.state = local(p.N * LANES), local(p.N * LANES)
+        self.exponent, self.dtu, self.sum = local(LANES), local(LANES), local(LANES)
 
+    def fetch(self, first: Expr, lanes: int) -> None:
+        for scratch, name in ((self.A, "A"), (self.state, "past")):
+            for n in range(self.p.N):
+                store(scratch, n * LANES, load(self.k[name], n * self.p.D + first + self.at, lanes), lanes)
 
-def _channels(
-    k: Kernel, p: SelectiveScan, states: list[_State], t: Expr, first: Expr, cover: list[tuple[int, int]], y: Buffer
-) -> None:
-    """Advance the states of the channels from `first` by token t. cover: (offset, lanes) of each strip; y: their y."""
-    strips = []
-    for state, (at, lanes) in zip(states, cover, strict=False):
-        u = let(load(k["u"], t * p.ldu + first + at, lanes))
-        dt = _step_size(k, p, t, first + at, lanes)
-        strip = _Strip(state, at, lanes, u, let(dt * splat(LOG2_E, lanes)), let(dt * u), local(LANES))
-        store(strip.sum, 0, splat(0.0, lanes), lanes)
-        strips.append(strip)
-    for n in range(p.N):  # the strips in turns: B and C of a state serve all of them from one register
-        for x in strips:
-            A = load(k["A"], ((first + x.at) // LANES * p.N + n) * LANES, x.lanes)
-            s = T.exp2(x.exponent * A) * x.state.load(n, x.lanes)
-            s = let(s + x.dtu * splat(k["B"][t * p.ldB + n], x.lanes))
-            x.state.store(n, s, x.lanes)
-            store(x.sum, 0, load(x.sum, 0, x.lanes) + s * splat(k["C"][t * p.ldC + n], x.lanes), x.lanes)
-    for x in strips:
-        out = load(x.sum, 0, x.lanes)
-        if p.skip:
-            out = out + load(k["Dskip"], first + x.at, x.lanes) * x.u
-        if p.gate:
-            out = out * silu(let(load(k["z"], t * p.ldz + first + x.at, x.lanes)))
-        store(y, x.at, out, x.lanes)
+    def give_back(self, first: Expr, lanes: int) -> None:
+        for n in range(self.p.N):
+            store(self.k["past"], n * self.p.D + first + self.at, load(self.state, n * LANES, lanes), lanes)
+
+    def begin(self, t: Expr, first: Expr, lanes: int) -> None:
+        k, p, d = self.k, self.p, first + self.at
+        dt = _step_size(k, p, t, d, lanes)
+        store(self.exponent, 0, dt * splat(LOG2_E, lanes), lanes)
+        store(self.dtu, 0, dt * load(k["u"], t * p.ldu + d, lanes), lanes)
+        store(self.sum, 0, splat(0.0, lanes), lanes)
+
+    def advance(self, t: Expr, n: int, lanes: int) -> None:
+        k, p = self.k, self.p
+        decay = T.exp2(load(self.exponent, 0, lanes) * load(self.A, n * LANES, lanes))
+        s = decay * load(self.state, n * LANES, lanes)
+        s = let(s + load(self.dtu, 0, lanes) * splat(k["B"][t * p.ldB + n], lanes))
+        store(self.state, n * LANES, s, lanes)
+        store(self.sum, 0, load(self.sum, 0, lanes) + s * splat(k["C"][t * p.ldC + n], lanes), lanes)

@@ -31,7 +31,7 @@ def _match(low: Lowering, node: Node) -> Claim | None:
             dt_softplus=bool(node.attrs.get("dt_softplus", 1)), dt_min=float(node.attrs.get("dt_min", 0.0)),
             dt_max=float(node.attrs.get("dt_max", math.inf)),
         )  # fmt: skip
-        args = [Arg(uv, "r"), Arg(dtv, "r"), Arg(low.weight(a, "columns16"), "r"), Arg(bv, "r"), Arg(cv, "r")]
+        args = [Arg(uv, "r"), Arg(dtv, "r"), Arg(low.weight(a, "plain"), "r"), Arg(bv, "r"), Arg(cv, "r")]
         args += [Arg(low.weight(skip, "plain"), "r")] if skip else []
         args += [Arg(zv, "r")] if zv else []
         args += [Arg(low.weight(dt_bias, "plain"), "r")] if dt_bias else []
