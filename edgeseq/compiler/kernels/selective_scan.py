@@ -82,6 +82,7 @@ def build(name: str, p: SelectiveScan) -> Built:
 def _token(k: Kernel, p: SelectiveScan) -> int:
     """The grid of a kernel for one token, whose time is that of reading A and the state."""
     exponent, dtu, total = local(WIDE), local(WIDE), local(WIDE)
+    inputs = [x for x in ("u", "dt", "z", "dt_bias", "Dskip") if x in p.args]
 
     def block(first: Expr, count: int) -> None:
         def each(width: int, body: Callable[[Expr, int], None]) -> None:
@@ -91,6 +92,8 @@ def _token(k: Kernel, p: SelectiveScan) -> int:
                 body(whole * width, rest)
 
         def prepare(at: Expr, lanes: int) -> None:
+            for x in inputs:
+                prefetch(k[x], first + at + WIDE, level=2)
             dt = _step_size(k, p, 0, first + at, lanes)
             store(exponent, at, dt * splat(LOG2_E, lanes), lanes)
             store(dtu, at, dt * load(k["u"], first + at, lanes), lanes)
