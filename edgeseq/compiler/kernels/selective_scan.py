@@ -103,20 +103,20 @@ def _token(k: Kernel, p: SelectiveScan) -> int:
             b, c = ([let(k[x][n + i]) for i in range(count)] for x in "BC")
 
             def advance(at: Expr, lanes: int) -> None:
-                rows = [(n + i) * p.D + first + at for i in range(count)]
-                for row in rows:  # the next block's: into the second-level cache, as the first may lose it again
+                states = [(n + i) * p.D + first + at for i in range(count)]
+                for row in states:  # the next block's: into the second-level cache, as the first may lose it again
                     prefetch(k["past"], row + WIDE, level=2)
                     prefetch(k["A"], row + WIDE, level=2)
                 e, x = let(load(exponent, at, lanes)), let(load(dtu, at, lanes))
-                decays = [let(T.exp2(e * load(k["A"], row, lanes))) for row in rows]
-                states = [
+                decays = [let(T.exp2(e * load(k["A"], row, lanes))) for row in states]
+                present = [
                     let(decay * load(k["past"], row, lanes) + x * splat(bn, lanes))
-                    for decay, row, bn in zip(decays, rows, b, strict=True)
+                    for decay, row, bn in zip(decays, states, b, strict=True)
                 ]
                 y = load(total, at, lanes)
-                for state, row, cn in zip(states, rows, c, strict=True):
-                    store(k["past"], row, state, lanes)
-                    y = y + state * splat(cn, lanes)
+                for s, row, cn in zip(present, states, c, strict=True):
+                    store(k["past"], row, s, lanes)
+                    y = y + s * splat(cn, lanes)
                 store(total, at, y, lanes)
 
             each(LANES, advance)
