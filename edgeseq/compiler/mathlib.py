@@ -82,24 +82,26 @@ def _horner(x: Expr, coefficients: list[float]) -> Expr:
     return acc
 
 
+def _exp_rest(x: Expr, n: Expr) -> Expr:
+    """e^(x - n ln 2), the exponent at most ln(2)/2 in size."""
+
+    def near(r: Expr) -> Expr:
+        p = _horner(r, [1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5])
+        return _fma(p, r * r, r) + _splat(1.0, r)
+
+    return _let(_fma(n, _splat(2.12194440e-4, x), _fma(n, _splat(-0.693359375, x), x)), near)
+
+
 def exp(x: Expr) -> Expr:
     """2^n * p(r) with n = floor(x log2(e) + 1/2), |r| <= ln(2)/2; 0 below -87.3, infinity above 88.37."""
 
-    def scaled(a: Expr, n: Expr, r: Expr) -> Expr:
-        p = _horner(r, [1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5])
+    def scaled(a: Expr, n: Expr) -> Expr:
         bits = (T.Cast(_typed("int32", a), n) + _splat(127, a, "int32")) << _splat(23, a, "int32")
-        value = (_fma(p, r * r, r) + _splat(1.0, a)) * T.reinterpret(_typed("float32", a), bits)
+        value = _exp_rest(a, n) * T.reinterpret(_typed("float32", a), bits)
         value = tirx.Select(a > _splat(88.37, a), _splat(float("inf"), a), value)
         return tirx.Select(a < _splat(-87.3, a), _splat(0.0, a), value)
 
-    def reduced(a: Expr, n: Expr) -> Expr:
-        r = _fma(n, _splat(2.12194440e-4, a), _fma(n, _splat(-0.693359375, a), a))
-        return _let(r, lambda rv: scaled(a, n, rv))
-
-    def rounded(a: Expr) -> Expr:
-        return _let(_floor(a * _splat(1.44269504, a) + _splat(0.5, a)), lambda n: reduced(a, n))
-
-    return _let(x, rounded)
+    return _let(x, lambda a: _let(_floor(a * _splat(1.44269504, a) + _splat(0.5, a)), lambda n: scaled(a, n)))
 
 
 # 2^r by Taylor, |r| <= 1/2: a decay near 1 is applied a thousand times, so its error must vanish with r
@@ -136,26 +138,25 @@ def _nearest(x: Expr, body: Callable[[Expr], Expr]) -> Expr:
 
 
 def exp_avx512(x: Expr) -> Expr:
-    """The same without selections, of x in [-104, 89]: the scaling ends in 0 or infinity beyond, and is gradual below
-    -87.3 where the CPU has subnormal numbers."""
+    """The same of x in [-104, 89]: the scaling ends in 0 or infinity by itself, the latter from 88.73 on."""
 
-    def scaled(n: Expr, r: Expr) -> Expr:
-        p = _horner(r, [1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 0.5])
-        return _scalef(_fma(p, r * r, r) + _splat(1.0, r), n)
+    def clamped(a: Expr) -> Expr:
+        low = tirx.Select(a < _splat(-87.3, a), _splat(-104.0, a), a)
+        return tirx.Select(a > _splat(89.0, a), _splat(89.0, a), low)
 
-    def reduced(a: Expr, n: Expr) -> Expr:
-        r = _fma(n, _splat(2.12194440e-4, a), _fma(n, _splat(-0.693359375, a), a))
-        return _let(r, lambda rv: scaled(n, rv))
+    def scaled(a: Expr) -> Expr:
+        return _nearest(a * _splat(1.44269504, a), lambda n: _scalef(_exp_rest(a, n), n))
 
-    low = tirx.Select(x < _splat(-104.0, x), _splat(-104.0, x), x)
-    high = tirx.Select(low > _splat(89.0, x), _splat(89.0, x), low)
-    return _let(high, lambda a: _nearest(a * _splat(1.44269504, a), lambda n: reduced(a, n)))
+    return _let(x, lambda a: _let(clamped(a), scaled))
 
 
 def exp2_avx512(x: Expr) -> Expr:
-    """The same with the scaling of AVX-512; clamped to -126 below, infinity from 128 on."""
-    low = tirx.Select(x < _splat(-126.0, x), _splat(-126.0, x), x)
-    return _let(low, lambda a: _nearest(a, lambda n: _scalef(_horner(a - n, _EXP2), n)))
+    """The same with the scaling of AVX-512, x below infinity; clamped to -126 below, infinity from 128 on."""
+
+    def scaled(a: Expr) -> Expr:
+        return _nearest(a, lambda n: _scalef(_horner(a - n, _EXP2), n))
+
+    return _let(x, lambda a: _let(tirx.Select(a < _splat(-126.0, a), _splat(-126.0, a), a), scaled))
 
 
 def log(x: Expr) -> Expr:

@@ -33,7 +33,7 @@ from ._emit import (
     unpack,
     when,
 )
-from ._quantise import BLOCK, blocks, output_params, write_block
+from ._quantise import BLOCK, blocks, write_block
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ class FusedScan(SelectiveScan):
         weights = ("B_w", "C_w") if self.norm_weight else ()
         return (u, *(("dt_r", "dt_w") if self.dt_rank else (dt,)), *weights, *rest)
 
+    @property
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        floats = {"B_w": self.N, "C_w": self.N, "dt_r": self.dt_rank}
+        weights = ("float32" if self.dt_wdtype == "float32" else "uint16", -(-self.D // 16) * 16 * self.dt_rank)
+        return super().sizes | {a: ("float32", n) for a, n in floats.items()} | {"dt_w": weights}
+
 
 CHANNELS = 32
 MOST_STATES = 8  # of a thread, where there are threads enough
@@ -64,17 +70,11 @@ TILE = 8
 
 def build(name: str, params: SelectiveScan, gpu: Any) -> Built:
     p = FusedScan(**vars(params))  # of a plain scan one with nothing before it
-    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
-    floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
-    floats |= {"B_w": p.N, "C_w": p.N, "dt_r": p.dt_rank}
-    sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
-    sizes["dt_w"] = ("float32" if p.dt_wdtype == "float32" else "uint16", -(-p.D // 16) * 16 * p.dt_rank)
     parts = 1
     while parts < min(p.N, 4) or (p.N > parts * MOST_STATES and 2 * parts * CHANNELS <= gpu.threads):
         parts *= 2
     grid, threads = blocks_of(p.D, CHANNELS), parts * CHANNELS
-    with kernel(name, [(a, *sizes[a]) for a in p.args], grid, threads, gpu, early=True) as k:
+    with kernel(name, [(a, *p.sizes[a]) for a in p.args], grid, threads, gpu, early=True) as k:
         _Scan(k, p, parts).run()
     return Built(k.func, grid, threads)
 

@@ -16,6 +16,7 @@ from ..tvm_api import T, tirx
 from . import Built
 from ._emit import (
     LANES,
+    Buffer,
     Expr,
     Kernel,
     kernel,
@@ -68,13 +69,19 @@ class SelectiveScan:
         optional = [a for a, on in switches if on]
         return ("u", "dt", "A", "B", "C", *optional, "past", *(("y",) if self.quant is None else OUTPUTS))
 
+    @property
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """dtype and elements of what an argument points to."""
+        rows = {"u": (self.ldu, self.D), "dt": (self.lddt, self.D), "z": (self.ldz, self.D)}
+        rows |= {"B": (self.ldB, self.N), "C": (self.ldC, self.N)}
+        floats = {a: (self.T - 1) * ld + n for a, (ld, n) in rows.items()}
+        floats |= dict.fromkeys(("A", "past"), self.N * self.D) | dict.fromkeys(("Dskip", "dt_bias"), self.D)
+        floats["y"] = self.T * self.D
+        return {a: ("float32", n) for a, n in floats.items()} | output_params(self.T, self.D)
+
 
 def build(name: str, p: SelectiveScan) -> Built:
-    rows = {"u": (p.ldu, p.D), "dt": (p.lddt, p.D), "B": (p.ldB, p.N), "C": (p.ldC, p.N), "z": (p.ldz, p.D)}
-    floats = {a: (p.T - 1) * ld + n for a, (ld, n) in rows.items()}
-    floats |= {"A": p.N * p.D, "Dskip": p.D, "dt_bias": p.D, "past": p.N * p.D, "y": p.T * p.D}
-    sizes = {a: ("float32", n) for a, n in floats.items()} | output_params(p.T, p.D)
-    with kernel(name, [(a, *sizes[a]) for a in p.args]) as k:
+    with kernel(name, [(a, *p.sizes[a]) for a in p.args]) as k:
         grid = _token(k, p) if p.T == 1 else _tokens(k, p)
     return Built(k.func, grid)
 
@@ -94,10 +101,7 @@ def _token(k: Kernel, p: SelectiveScan) -> int:
         def prepare(at: Expr, lanes: int) -> None:
             for x in inputs:
                 prefetch(k[x], first + at + WIDE, level=2)
-            dt = _step_size(k, p, 0, first + at, lanes)
-            store(exponent, at, dt * splat(LOG2_E, lanes), lanes)
-            store(dtu, at, dt * load(k["u"], first + at, lanes), lanes)
-            store(total, at, splat(0.0, lanes), lanes)
+            _begin(k, p, 0, first + at, lanes, (exponent, dtu, total), at)
 
         def rows(n: Expr, count: int) -> None:
             b, c = ([let(k[x][n + i]) for i in range(count)] for x in "BC")
@@ -183,6 +187,17 @@ def _step_size(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int) -> Exp
     return dt
 
 
+def _begin(
+    k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int, scratch: tuple[Buffer, Buffer, Buffer], at: Expr
+) -> None:
+    """Of `lanes` channels from d: dt log2(e), dt u, and 0 for the sum of C S, each to `at` of its buffer."""
+    dt = _step_size(k, p, t, d, lanes)
+    exponent, dtu, total = scratch
+    store(exponent, at, dt * splat(LOG2_E, lanes), lanes)
+    store(dtu, at, dt * load(k["u"], t * p.ldu + d, lanes), lanes)
+    store(total, at, splat(0.0, lanes), lanes)
+
+
 def _output(k: Kernel, p: SelectiveScan, t: Expr, d: Expr, lanes: int, y: Expr) -> Expr:
     """y of `lanes` channels from d, with what is skipped and gated."""
     if p.skip:
@@ -219,11 +234,7 @@ class _Strip:
             store(self.k["past"], n * self.p.D + first + self.at, load(self.state, n * LANES, lanes), lanes)
 
     def begin(self, t: Expr, first: Expr, lanes: int) -> None:
-        k, p, d = self.k, self.p, first + self.at
-        dt = _step_size(k, p, t, d, lanes)
-        store(self.exponent, 0, dt * splat(LOG2_E, lanes), lanes)
-        store(self.dtu, 0, dt * load(k["u"], t * p.ldu + d, lanes), lanes)
-        store(self.sum, 0, splat(0.0, lanes), lanes)
+        _begin(self.k, self.p, t, first + self.at, lanes, (self.exponent, self.dtu, self.sum), 0)
 
     def advance(self, t: Expr, n: int, lanes: int) -> None:
         k, p = self.k, self.p
