@@ -32,9 +32,13 @@ def environment() -> dict[str, str]:
     vendors = folder() / "vendors"
     vendors.mkdir()
     (vendors / "intel.icd").write_text(f"{DRIVER}\n")
-    found = {"OCL_ICD_VENDORS": str(vendors)}
     libraries = [str(DRIVER.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    return {**os.environ, **found, "LD_LIBRARY_PATH": ":".join(libraries), "XDG_CACHE_HOME": str(folder() / "cache")}
+    return {
+        **os.environ,
+        "OCL_ICD_VENDORS": str(vendors),
+        "LD_LIBRARY_PATH": ":".join(libraries),
+        "XDG_CACHE_HOME": str(folder() / "cache"),
+    }
 
 
 def python(*arguments: object) -> str:
