@@ -42,10 +42,23 @@ def environment() -> dict[str, str]:
 
 
 def python(*arguments: object) -> str:
+    """What such a command says.
+
+    This driver's compiler dies in 2 to 8 of 100 builds of the same text, also when pyopencl alone asks for the build:
+    its pass ReduceCrossBarrierValues corrupts the heap (releases 2025.0.5, 2025.3.3 and 2026.2.0 do). A death inside
+    one of the compiler's passes is therefore tried again, three times at most; any other end of the command is not.
+    """
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        if not compiler_died(done.returncode, done.stdout + done.stderr):
+            break
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
+
+
+def compiler_died(code: int, told: str) -> bool:
+    return code < 0 and "bug report to https://software.intel.com" in told and "Running pass" in told
 
 
 def phone(name: str) -> Path:
@@ -60,6 +73,13 @@ def test_the_driver_has_what_phones_have() -> None:
     code = "import pyopencl as cl; print(cl.get_platforms()[0].get_devices()[0].extensions)"
     extensions = set(python("-c", code).split())
     assert {"cl_khr_fp16", "cl_khr_subgroup_shuffle", "cl_khr_integer_dot_product"} <= extensions
+
+
+def test_only_a_death_of_the_drivers_compiler_is_tried_again() -> None:
+    report = "double free or corruption (out)\nPLEASE submit a bug report to https://software.intel.com/en-us/support"
+    assert compiler_died(-14, f'{report}\nStack dump:\n0.\tRunning pass "')
+    assert not compiler_died(-11, report)  # a kernel that died
+    assert not compiler_died(1, 'edgeseq: Running pass "')
 
 
 def test_every_kernel_says_what_it_says_without_them() -> None:
