@@ -1,7 +1,10 @@
 /* The threads of a model. A launch gives every thread a range of its blocks, the same from launch to launch, so that
  * state stays near the core that wrote it and neighbours share no lines. A thread claims half of what is left of its
  * range (compare-and-swap on the range's ticket), again and again, and then of the others', so that fast and slow cores
- * finish together. The caller waits for blocks, not for threads: a worker that got no core in time costs nothing.
+ * finish together. The last block of a range is its owner's, who has asked for its memory already; and a thread without
+ * work looks at its own ticket alone, as every look at another's makes that one's next claim slower. The caller waits
+ * for blocks, not for threads, and when it has waited long it takes last blocks, too: a worker that got no core in time
+ * costs little.
  *
  * A ticket names its launch, so a claim by a thread that slept through launches fails; fields read between loading a
  * ticket and swapping it are therefore those of its launch, and they are atomics because a late reader may look. */
@@ -13,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ES_POLLS = 4000, ES_YIELDS = 64, ES_STACK = 1 << 20 };
+enum { ES_LATE = 64, ES_POLLS = 4000, ES_YIELDS = 64, ES_STACK = 1 << 20 };
 
 struct es_i_worker {
     es_i_pool *pool;
@@ -81,8 +84,8 @@ static uint32_t es_i_range(const es_i_pool *pool, int32_t grid, uint32_t thread)
     return (uint32_t)((uint64_t)(uint32_t)grid * thread / pool->n_threads);
 }
 
-/* Runs blocks of one thread's range until none is unclaimed; returns how many. */
-static uint32_t es_i_drain_range(const es_i_pool *pool, uint32_t thread)
+/* Runs blocks of one thread's range until none is unclaimed, or one if `spare`; returns how many. */
+static uint32_t es_i_drain_range(const es_i_pool *pool, uint32_t thread, int spare)
 {
     const es_i_board *board = pool->board;
     uint64_t *at = es_i_ticket(pool, thread);
@@ -92,7 +95,9 @@ static uint32_t es_i_drain_range(const es_i_pool *pool, uint32_t thread)
         es_kernel_fn fn = __atomic_load_n(&board->fn, __ATOMIC_RELAXED);
         void *const *args = __atomic_load_n(&board->args, __ATOMIC_RELAXED);
         int32_t grid = __atomic_load_n(&board->grid, __ATOMIC_RELAXED);
-        uint32_t left = (uint32_t)ticket, take = left - left / 2;
+        uint32_t left = (uint32_t)ticket, take = spare ? left / 2 : left - left / 2;
+        if (take == 0)
+            break;
         if (!__atomic_compare_exchange_n(at, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
             continue;
         int32_t begin = (int32_t)(es_i_range(pool, grid, thread + 1) - left);
@@ -103,13 +108,13 @@ static uint32_t es_i_drain_range(const es_i_pool *pool, uint32_t thread)
     return finished;
 }
 
-/* The own range, then the others'. What is run belongs to one launch: the next is posted only when the count returned
- * here has been added to `done`. */
-static uint32_t es_i_drain(const es_i_pool *pool, uint32_t self)
+/* The own range, then the others', all of them or but for the last block of each. What is run belongs to one launch: the
+ * next is posted only when the count returned here has been added to `done`. */
+static uint32_t es_i_drain(const es_i_pool *pool, uint32_t self, int spare)
 {
-    uint32_t finished = 0;
-    for (uint32_t i = 0; i < pool->n_threads; i++)
-        finished += es_i_drain_range(pool, (self + i) % pool->n_threads);
+    uint32_t finished = es_i_drain_range(pool, self, 0);
+    for (uint32_t i = 1; i < pool->n_threads; i++)
+        finished += es_i_drain_range(pool, (self + i) % pool->n_threads, spare);
     return finished;
 }
 
@@ -151,11 +156,15 @@ static void *es_i_worker_main(void *argument)
     int pinned = self->core < 0 || es_i_pin_self(self->core) == 0;
     __atomic_store_n(&self->state, pinned ? 1u : 2u, __ATOMIC_RELEASE);
     uint32_t idle = 0;
+    uint64_t seen = 0; /* the launch that was worked on */
     (void)es_i_float_mode_flush();
     while (!__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) {
-        uint32_t finished = es_i_drain(pool, self->index);
-        if (finished > 0) {
-            __atomic_add_fetch(pool->done, finished, __ATOMIC_RELEASE);
+        uint64_t launch = __atomic_load_n(es_i_ticket(pool, self->index), __ATOMIC_ACQUIRE) >> 32;
+        if (launch != seen) {
+            uint32_t finished = es_i_drain(pool, self->index, 1);
+            if (finished > 0)
+                __atomic_add_fetch(pool->done, finished, __ATOMIC_RELEASE);
+            seen = launch;
             idle = 0;
         } else if (idle < pool->spin) {
             idle++;
@@ -202,9 +211,12 @@ void es_i_pool_launch(es_i_pool *pool, es_kernel_fn fn, void *const *args, int32
     }
     if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST) > 0)
         es_i_wake(pool);
-    uint32_t others = (uint32_t)grid - es_i_drain(pool, 0);
-    for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++)
+    uint32_t others = (uint32_t)grid - es_i_drain(pool, 0, 1), late = pool->crowded ? 0 : ES_LATE;
+    for (uint32_t polls = 0; __atomic_load_n(pool->done, __ATOMIC_ACQUIRE) != others; polls++) {
+        if (polls >= late)
+            others -= es_i_drain(pool, 0, 0);
         es_i_wait(pool, polls);
+    }
 }
 
 /* Waits until a worker runs; its core is then right or wrong. */

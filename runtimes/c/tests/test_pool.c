@@ -1,5 +1,6 @@
-/* The pool by itself: every block of every launch runs exactly once, launches are ordered, sleeping threads wake.
- * Prints "ok"; meant to run under ThreadSanitizer too. */
+/* The pool by itself: every block of every launch runs exactly once, launches are ordered, sleeping threads wake,
+ * the caller takes over what a worker that is held up has not claimed. Prints "ok"; meant to run under ThreadSanitizer
+ * too. */
 #include "../src/es_internal.h"
 
 #include <stdio.h>
@@ -68,8 +69,44 @@ static int ordered(es_i_pool *pool)
     return 0;
 }
 
+static pthread_t caller;
+static uint32_t by_caller, by_worker;
+
+static void await(const uint32_t *count, uint32_t least)
+{
+    for (int i = 0; i < 10000 && __atomic_load_n(count, __ATOMIC_SEQ_CST) < least; i++)
+        rest(1000000);
+}
+
+/* The worker claims two blocks of its four, and they end when the caller has run the other six. */
+static void hold_worker(void *const *args, int32_t begin, int32_t end)
+{
+    int called = pthread_equal(pthread_self(), caller) != 0;
+    (void)args;
+    __atomic_add_fetch(called ? &by_caller : &by_worker, (uint32_t)(end - begin), __ATOMIC_SEQ_CST);
+    await(called ? &by_worker : &by_caller, called ? 1 : 6);
+}
+
+static int taken_over(void)
+{
+    static es_i_pool pool;
+    es_options options = ES_OPTIONS_INIT;
+    es_error why = ES_ERROR_INIT;
+    options.n_threads = 2;
+    if (es_i_pool_start(&pool, &options, &why) != ES_OK)
+        return printf("%s\n", why.text), 1;
+    caller = pthread_self();
+    es_i_pool_launch(&pool, hold_worker, NULL, 8);
+    es_i_pool_stop(&pool);
+    if (by_caller < 6)
+        return printf("a worker is held up and the caller ran %u of 8 blocks\n", by_caller), 1;
+    return 0;
+}
+
 int main(void)
 {
+    if (taken_over())
+        return 1;
     static es_i_pool pool; /* as in a model: it does not move */
     for (int32_t threads = 1; threads <= 5; threads++)
         for (uint32_t spin = 0; spin <= 2000; spin += 1000) {
