@@ -45,7 +45,7 @@ def python(*arguments: object) -> str:
     """What such a command says.
 
     This driver's compiler dies in 2 to 8 of 100 builds of the same text, also when pyopencl alone asks for the build:
-    its pass ReduceCrossBarrierValues corrupts the heap (releases 2025.0.5, 2025.3.3 and 2026.2.0 do). A death inside
+    releases 2025.0.5, 2025.3.3 and 2026.2.0 do, the last in its pass ReduceCrossBarrierValues. A death inside
     one of the compiler's passes is therefore tried again, three times at most; any other end of the command is not.
     """
     command = [sys.executable, *map(str, arguments)]
